@@ -1,0 +1,63 @@
+"""Celery workers that come and go with the job that needs them.
+
+``cluster.start(4)`` starts a private broker, starts four workers that boot
+your Celery app, waits until all four have answered a ping and hands you a
+:class:`Cluster`. When it ends, however it ends, everything it started is gone.
+
+The names are loaded when they are first used: the broker's guardian and the
+workers are processes of this package too, and pay only for what they need.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cluster._version import __version__
+from cluster.errors import (
+    BrokerError,
+    BrokerLost,
+    BrokerStartError,
+    ClusterError,
+    ConfigurationError,
+    LaunchError,
+    StateError,
+    VersionMismatch,
+    WorkerLost,
+    WorkersNotReady,
+)
+
+if TYPE_CHECKING:
+    from cluster.manager import Cluster, start
+
+__all__ = [
+    "BrokerError",
+    "BrokerLost",
+    "BrokerStartError",
+    "Cluster",
+    "ClusterError",
+    "ConfigurationError",
+    "LaunchError",
+    "StateError",
+    "VersionMismatch",
+    "WorkerLost",
+    "WorkersNotReady",
+    "__version__",
+    "start",
+]
+
+_LAZY = {"Cluster": "cluster.manager", "start": "cluster.manager"}
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module = _LAZY[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

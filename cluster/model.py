@@ -1,0 +1,177 @@
+"""The data that the parts pass to each other: frozen, without behaviour of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+
+
+class State(StrEnum):
+    """Where a cluster is in its life."""
+
+    NEW = "new"
+    STARTING = "starting"
+    READY = "ready"
+    SCALING = "scaling"
+    FAILED = "failed"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+#: From each state, the states that may follow.
+TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
+    {
+        State.NEW: frozenset({State.STARTING}),
+        State.STARTING: frozenset({State.READY, State.FAILED, State.STOPPING}),
+        State.READY: frozenset({State.SCALING, State.FAILED, State.STOPPING}),
+        State.SCALING: frozenset({State.READY, State.FAILED, State.STOPPING}),
+        State.FAILED: frozenset({State.STOPPING}),
+        State.STOPPING: frozenset({State.STOPPED}),
+        State.STOPPED: frozenset(),
+    }
+)
+
+
+class Phase(StrEnum):
+    """What a platform says of one worker it was asked to start."""
+
+    PENDING = "pending"  # accepted, not running yet
+    RUNNING = "running"  # its process runs; whether it is ready, only its ping tells
+    EXITED = "exited"  # ended by itself with code 0
+    FAILED = "failed"  # ended in any other way
+    MISSING = "missing"  # the platform knows nothing of it (any more)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class WorkerRef:
+    """A worker as its platform knows it: the name ``launch`` gave out."""
+
+    id: str
+    launcher: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """How a worker is, by its platform.
+
+    ``final``: it won't change any more. ``retryable``: another one in its
+    place may do better. ``reason``: in words, with the remedy where one is known.
+    """
+
+    phase: Phase
+    final: bool = False
+    retryable: bool = True
+    reason: str = ""
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a worker needs to boot, the same on every platform.
+
+    ``environment`` holds the run's secret: it is left out of the repr.
+    ``directory`` is the run's own on the manager's machine, for what a
+    launcher keeps there meanwhile; it is removed when the cluster ends.
+    """
+
+    cluster_id: str
+    directory: Path
+    environment: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the broker listens, and the run's one secret."""
+
+    host: str
+    port: int
+    secret: str = field(repr=False)
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where the broker must listen so that a launcher's workers reach it."""
+
+    host: str
+    tls: bool
+
+
+class Severity(StrEnum):
+    """What to do about a finding: go on, say it, or refuse."""
+
+    INFORM = "inform"
+    WARN = "warn"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something a launcher's preflight noticed, in words, with the remedy."""
+
+    severity: Severity
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherDefaults:
+    """What a launcher takes where the caller leaves something out.
+
+    ``workers``: how many (``None``: the caller must say). ``timeout``: seconds
+    to wait for them. ``resizable``: whether more can be launched later.
+    ``launches``: whether it starts workers itself or only waits for them.
+    """
+
+    workers: int | None
+    timeout: float
+    resizable: bool
+    launches: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A worker as it announced itself: its node name, its platform id, where it runs."""
+
+    node: str
+    worker: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker in a :class:`ClusterStatus`. ``node`` is empty until it has registered."""
+
+    id: str
+    node: str
+    ready: bool
+    status: WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """What ``Cluster.status()`` returns; prints as a table."""
+
+    id: str
+    state: State
+    launcher: str
+    broker: str  # HOST:PORT, or empty where there is none (any more)
+    wanted: int
+    workers: tuple[WorkerView, ...]
+
+    def __str__(self) -> str:
+        ready = sum(worker.ready for worker in self.workers)
+        where = f", broker at {self.broker}" if self.broker else ""
+        head = f"cluster {self.id}: {self.state}, {ready} of {self.wanted} workers ready "
+        lines = [f"{head}({self.launcher}{where})"]
+        width = max((len(worker.id) for worker in self.workers), default=0)
+        for worker in self.workers:
+            state = "ready" if worker.ready else str(worker.status.phase)
+            lines.append(f"  {worker.id:<{width}}  {state:<8}  {worker.status.reason}".rstrip())
+        return "\n".join(lines)
