@@ -1,0 +1,1 @@
+"""What managers, workers and the guardian speak to each other, over the broker."""

@@ -1,0 +1,42 @@
+"""The broker's keys that are ours. Queues and stored results keep Celery's own.
+
+Every name is here and nowhere else, the Lua in :mod:`cluster.wire.scripts`
+included: it gets them as arguments.
+"""
+
+from __future__ import annotations
+
+#: Hash: node name → registration, as JSON. The workers that take part.
+WORKERS = "cluster:workers"
+#: Hash: node name → why. A node in it can't take, settle or store any more.
+FENCED = "cluster:fenced"
+#: List of registrations, for the manager to wait on.
+JOINED = "cluster:joined"
+#: List of messages that were handed out too often, for the manager to fail.
+GIVEN_UP = "cluster:given-up"
+#: String: set when the cluster is over; what it holds is the grace in seconds.
+OVER = "cluster:over"
+#: Counter that numbers the hand-outs.
+HANDOUTS = "cluster:handouts"
+#: Hash: SHA-1 of a message → how often it came back undone.
+RETURNS = "cluster:returns"
+#: Channel to which each worker's watchdog subscribes; carries the manager's word too.
+PRESENCE = "cluster:presence"
+
+#: What separates a queue's name from its priority step (kombu/transport/redis.py, Channel.sep).
+PRIORITY_SEPARATOR = "\x06\x16"
+
+
+def unacked(node: str) -> str:
+    """Hash: number of the hand-out → the message, for one node."""
+    return f"cluster:unacked:{node}"
+
+
+def presence(node: str) -> str:
+    """The channel that only one node's watchdog subscribes to."""
+    return f"cluster:presence:{node}"
+
+
+def wake(queue: str) -> str:
+    """List of tokens, one a published message: an idle worker blocks on it."""
+    return f"cluster:wake:{queue}"

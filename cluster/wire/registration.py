@@ -1,0 +1,44 @@
+"""How a worker announces itself to the manager, and the manager's word to workers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from redis import Redis
+
+from cluster.model import Registration
+from cluster.wire import keys
+
+#: The message on the presence channel that ends the cluster; the grace follows it.
+OVER = "over"
+
+
+def encode(registration: Registration) -> str:
+    return json.dumps(asdict(registration))
+
+
+def decode(text: str | bytes) -> Registration:
+    return Registration(**json.loads(text))
+
+
+def announce_over(client: Redis, grace: float) -> None:
+    """Tell every worker to leave, also those that connect later.
+
+    Args:
+        client: any client of the broker.
+        grace: seconds that running tasks get to finish.
+    """
+    word = f"{OVER} {grace}"
+    with client.pipeline() as pipe:
+        pipe.set(keys.OVER, grace)
+        pipe.publish(keys.PRESENCE, word)
+        pipe.execute()
+
+
+def grace_in(message: Any) -> float | None:
+    """The grace in a message of the presence channel, or ``None`` if it isn't the end."""
+    text = message.decode() if isinstance(message, bytes) else str(message)
+    word, _, grace = text.partition(" ")
+    return float(grace) if word == OVER else None

@@ -1,0 +1,302 @@
+"""The kombu transport: Redis lists as Celery lays them out, handed out our way.
+
+What differs from kombu's own (:mod:`kombu.transport.redis`), and only that:
+
+*Taking.* A worker takes with one script that pops, records under the node's
+name, counts and checks the fence, where kombu pops first and records
+afterwards. An idle worker blocks on the queue's wake list, to which our
+publisher adds a token a message; a stock publisher doesn't, so the wait looks
+for itself once a second.
+
+*Holding.* What a node has taken is the node's, not the connection's: a closed
+connection gives nothing back.
+
+*Reconnecting.* A broker that restarts is waited for in here. Celery's consumer
+never hears of it, so it doesn't flush its pool, drop its timers or run a task
+again.
+
+Outside a worker the node is unknown, and all of it is kombu's own behaviour,
+save for the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import Empty
+from time import monotonic
+from typing import Any
+
+from kombu.log import get_logger
+from kombu.transport import redis as kombu_redis
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
+from redis.exceptions import NoScriptError, ResponseError
+
+from cluster.wire import identity, keys
+from cluster.wire.ledger import CONNECTION_ERRORS, Ledger
+from cluster.wire.scripts import is_fenced, take_arguments
+
+logger = get_logger(__name__)
+
+#: Seconds an idle worker blocks before it looks for messages of stock publishers.
+LOOK_EVERY = 1
+
+#: Seconds between attempts to reach a broker that is away.
+RETRY_EVERY = 0.1
+
+_ledger: Ledger | None = None
+_taking = True
+
+
+def open_ledger(channel: Channel, node: str) -> Ledger:
+    """This process's ledger, made with the first consuming channel's connection settings."""
+    global _ledger
+    if _ledger is None or _ledger.node != node:
+        parameters = dict(channel._connparams())
+        pool = kombu_redis.redis.ConnectionPool(**parameters)
+        _ledger = Ledger(node, kombu_redis.redis.Redis(connection_pool=pool))
+    return _ledger
+
+
+def current_ledger() -> Ledger | None:
+    """This process's ledger, if it has taken part yet."""
+    return _ledger
+
+
+def stop_taking() -> None:
+    """Take no more messages in this process. What is held stays held."""
+    global _taking
+    _taking = False
+
+
+class QoS(kombu_redis.QoS):  # type: ignore[misc]
+    """Settles through the ledger; the message was recorded when it was taken."""
+
+    #: What the node holds survives its connections.
+    restore_at_shutdown = False
+
+    def can_consume(self) -> bool:
+        return _taking and bool(super().can_consume())
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        kombu_redis.virtual.QoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        self.channel.ledger.ack(delivery_tag)
+        kombu_redis.virtual.QoS.ack(self, delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if requeue:
+            self.channel.ledger.reject(delivery_tag)
+        else:
+            self.channel.ledger.ack(delivery_tag)
+        kombu_redis.virtual.QoS.ack(self, delivery_tag)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """No visibility timeout here: the guardian knows who died."""
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """Nothing to do: see ``restore_at_shutdown``."""
+
+
+class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
+    """Waits for a broker that is away instead of raising into Celery's consumer."""
+
+    #: Set in a worker: asks its event loop to come round again after some seconds.
+    call_later: Callable[[float], Any] | None = None
+    _retry_at = 0.0
+    _away = False
+
+    def on_poll_start(self) -> None:
+        if self.call_later is None:
+            super().on_poll_start()
+            return
+        if monotonic() < self._retry_at:
+            return
+        try:
+            if self._away:
+                for channel in self._channels:
+                    channel.catch_up()
+            super().on_poll_start()
+        except CONNECTION_ERRORS as error:
+            self._lost(error)
+        else:
+            if self._away:
+                self._away = False
+                logger.warning("The broker is back.")
+
+    def on_readable(self, fileno: int) -> Any:
+        if self.call_later is None:
+            return super().on_readable(fileno)
+        try:
+            return super().on_readable(fileno)
+        except CONNECTION_ERRORS as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        if not self._away:
+            logger.warning("The broker is away (%s); trying again until it is back.", error)
+        self._away = True
+        self._retry_at = monotonic() + RETRY_EVERY
+        for channel in self._channels:
+            channel.drop_connections()
+        assert self.call_later is not None
+        self.call_later(RETRY_EVERY)
+
+
+class Channel(kombu_redis.Channel):  # type: ignore[misc]
+    """A channel that takes for a node, or kombu's own where there is none."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.node = identity.current()
+        self._acknowledged: set[str] = set()
+        self._waiting = False
+        if self.node is not None:
+            self.QoS = QoS
+        super().__init__(*args, **kwargs)
+
+    @property
+    def ledger(self) -> Ledger:
+        assert self.node is not None
+        return open_ledger(self, self.node)
+
+    @property
+    def _takes(self) -> bool:
+        """Whether this channel's messages are recorded and need settling."""
+        return self.node is not None and bool(self._acknowledged)
+
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
+        if not no_ack and queue not in self._fanout_queues:
+            self._acknowledged.add(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    # -- taking ---------------------------------------------------------------
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if not self._takes:
+            super()._brpop_start(timeout)
+            return
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        connection = self.client.connection
+        if self._waiting:
+            command = ["BLPOP", *(keys.wake(queue) for queue in queues), LOOK_EVERY]
+        else:
+            lists = [self._q_for_pri(q, pri) for pri in self.priority_steps for q in queues]
+            assert self.node is not None
+            script = self.ledger.scripts.take_script
+            command = ["EVALSHA", script.sha, *take_arguments(self.node, queues, lists)]
+        self._in_poll = connection
+        self._brpop_sent_at = monotonic()
+        connection.send_command(*command)
+
+    def _brpop_read(self, **options: Any) -> Any:
+        if not self._takes:
+            return super()._brpop_read(**options)
+        connection = self.client.connection
+        waited, self._waiting = self._waiting, False
+        try:
+            reply = connection.read_response()
+        except NoScriptError:
+            # A restarted broker knows no scripts.
+            script = self.ledger.scripts.take_script
+            self.ledger.scripts.client.script_load(script.script)
+            raise Empty from None
+        except ResponseError as error:
+            if is_fenced(error):
+                identity.fenced(str(self.node))
+            raise
+        except CONNECTION_ERRORS:
+            connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+        if waited:
+            raise Empty  # woken, or time to look: take on the next turn
+        if isinstance(reply, int):
+            self._waiting = True
+            self.ledger.compare(reply)
+            raise Empty
+        return self._hand_out(reply)
+
+    def _hand_out(self, reply: list[Any]) -> bool:
+        source, number, returned, raw = reply
+        queue = bytes_to_str(source).rsplit(self.sep, 1)[0]
+        message = loads(bytes_to_str(raw))
+        tag = message["properties"]["delivery_tag"]
+        self.ledger.hold(tag, number)
+        if returned:
+            message.setdefault("headers", {})["redelivered"] = True
+            message["properties"].setdefault("delivery_info", {})["redelivered"] = True
+        self._queue_cycle.rotate(queue)
+        self.connection._deliver(message, queue)
+        if queue not in self._acknowledged:
+            self.ledger.ack(tag)
+        return True
+
+    def catch_up(self) -> None:
+        """The broker was away: settle what is due before anything new is taken."""
+        if self._takes:
+            self.ledger.reconcile()
+
+    def close(self) -> None:
+        if self._takes and self._in_poll:
+            # kombu reads the outstanding reply and delivers it; what it holds,
+            # if anything, is this node's and goes back when the node leaves.
+            self._in_poll.disconnect()
+            self._in_poll = None
+        super().close()
+
+    def drop_connections(self) -> None:
+        """Let go of connections that may be broken, so that the next turn makes new ones."""
+        self._waiting = False
+        for name in ("client", "subclient"):
+            client = self.__dict__.get(name)
+            connection = getattr(client, "connection", None)
+            if connection is not None:
+                connection.disconnect()
+
+    # -- publishing -----------------------------------------------------------
+
+    def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
+        batch = kwargs.get("_publish_batch")
+        if batch is not None:
+            super()._put(queue, message, **kwargs)
+            batch.add("lpush", keys.wake(queue), "1")
+            return
+        priority = self._get_message_priority(message, reverse=False)
+        expires = self._expires.get(queue)
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            # The token follows the message: whoever it wakes finds the message there.
+            pipe.lpush(self._q_for_pri(queue, priority), dumps(message))
+            pipe.lpush(keys.wake(queue), "1")
+            if expires is not None:
+                pipe.pexpire(keys.wake(queue), expires)
+                for step in self.priority_steps:
+                    pipe.pexpire(self._q_for_pri(queue, step), expires)
+            pipe.execute()
+
+    def _delete(self, queue: str, *args: Any, **kwargs: Any) -> None:
+        super()._delete(queue, *args, **kwargs)
+        with self.conn_or_acquire(client=kwargs.get("client")) as client:
+            client.delete(keys.wake(queue))
+
+
+class Transport(kombu_redis.Transport):  # type: ignore[misc]
+    """``broker_transport = "cluster.wire.transport:Transport"``."""
+
+    Channel = Channel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cycle = Poller()
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        if identity.current() is not None:
+            self.cycle.call_later = lambda seconds: loop.call_later(seconds, _come_round)
+        super().register_with_event_loop(connection, loop)
+
+
+def _come_round() -> None:
+    """The loop's timer only has to end its wait: the poller acts on each turn."""
