@@ -1,0 +1,337 @@
+"""The guardian: a small process that owns the broker, so that the user's process needn't.
+
+A user's process may hold the GIL for seconds on end, or end without a word.
+The guardian starts the server, starts it again on its port when it dies, gives
+a dead worker's messages back, and when the manager's pipe closes it ends the
+server, removes the run's directory and ends.
+
+It runs as ``python -m cluster.broker.guardian``, in a session of its own; see
+:mod:`cluster.broker.messages` for what goes in and out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from cluster.broker.messages import (
+    Dead,
+    Event,
+    Failed,
+    Order,
+    Restarted,
+    Started,
+    decode_order,
+    encode,
+)
+from cluster.broker.presence import Presence
+from cluster.broker.server import configuration, write_configuration
+from cluster.logfile import last_lines
+from cluster.restarts import Restarts
+from cluster.settings import LIVENESS_TIMEOUT
+from cluster.wire import keys, secret
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from cluster.wire.scripts import Scripts
+
+#: Seconds between looks at the pipe, the server and the workers' connections.
+#: Two looks make a death: half of the 0.1 s in which a lost task should run again.
+TICK = 0.02
+
+#: Seconds between full looks, which don't rest on the counts alone.
+FULL_LOOK = 1.0
+
+#: Seconds for a server to answer its first PING. Loading the data of a large
+#: queue after a restart takes time too.
+START_TIMEOUT = 10.0
+RESTART_TIMEOUT = 30.0
+
+#: Ports to try when another process was faster in taking the one just found free.
+PORT_ATTEMPTS = 5
+
+#: Seconds that workers get at the end to hear of it before the server goes.
+FAREWELL = 1.5
+
+#: Lines of the server's log that go into an error.
+LOG_TAIL = 20
+
+
+class ServerFailed(Exception):
+    """The server ended or didn't answer."""
+
+
+class Guardian:
+    """The loop around one server process."""
+
+    def __init__(self, order: Order, control: int, events: int) -> None:
+        self.order = order
+        self.directory = Path(order.directory)
+        self.log = self.directory / "broker.log"
+        self.port = 0
+        self.server: subprocess.Popen[bytes] | None = None
+        self._manager = os.getppid()
+        self._control = control
+        self._events = events
+        self._outbox = bytearray()
+        self._presence = Presence()
+        self._restarts = Restarts(limit=5, window=30.0)
+        self._next_full_look = 0.0
+        self._client: Redis | None = None
+        self._scripts: Scripts | None = None
+        os.set_blocking(events, False)
+        os.set_blocking(control, False)
+
+    # -- life -----------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until the manager is gone or the server can't be kept."""
+        try:
+            if self._start_first():
+                self._watch()
+                self._say_farewell()
+        finally:
+            self._end_server()
+            self._client = None
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._flush()
+
+    def _start_first(self) -> bool:
+        for attempt in range(PORT_ATTEMPTS):
+            self.port = free_port(self.order.host)
+            try:
+                self._start_server(START_TIMEOUT)
+            except ServerFailed as error:
+                log = last_lines(self.log, LOG_TAIL)
+                self._end_server()
+                taken = any("already in use" in line for line in log)
+                if taken and attempt + 1 < PORT_ATTEMPTS and not self._manager_gone():
+                    continue
+                self._emit(Failed(str(error), tuple(log)))
+                return False
+            assert self.server is not None
+            self._emit(Started(self.port, self.server.pid))
+            return True
+        return False
+
+    def _start_server(self, timeout: float) -> None:
+        """Start the server on ``self.port`` and wait until it answers."""
+        settings = configuration(
+            host=self.order.host,
+            port=self.port,
+            password=secret.password(self.order.secret),
+            directory=self.order.directory,
+            workers=self.order.workers,
+        )
+        with self.log.open("ab") as log:
+            self.server = subprocess.Popen(
+                [self.order.server, "-"], stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+        assert self.server.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.server.stdin as stdin:
+            stdin.write(write_configuration(settings).encode())
+        self._wait_for_answer(time.monotonic() + timeout)
+
+    def _wait_for_answer(self, deadline: float) -> None:
+        # Imported while the server starts: a third of a second that costs nobody.
+        from redis.exceptions import RedisError
+
+        self._connect()
+        assert self._client is not None and self.server is not None
+        while True:
+            code = self.server.poll()
+            if code is not None:
+                raise ServerFailed(f"{self.order.server} ended with code {code} as it started")
+            try:
+                self._client.ping()
+                return
+            except (RedisError, OSError) as error:
+                last = error
+            if time.monotonic() >= deadline:
+                raise ServerFailed(f"{self.order.server} doesn't answer ({last})")
+            if self._wait(TICK):
+                raise ServerFailed("the manager is gone")
+
+    def _connect(self) -> None:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        from cluster.wire.scripts import Scripts
+
+        if self._client is not None:
+            return
+        # No retries inside: the loop must come round to its other duties.
+        self._client = redis.Redis(
+            host=self.order.host,
+            port=self.port,
+            password=secret.password(self.order.secret),
+            socket_timeout=1,
+            socket_connect_timeout=1,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._scripts = Scripts(self._client)
+
+    def _watch(self) -> None:
+        from redis.exceptions import RedisError
+
+        assert self.server is not None
+        while not self._wait(TICK):
+            if self.server.poll() is not None and not self._restart():
+                return
+            try:
+                self._look_at_workers(time.monotonic())
+            except (RedisError, OSError):
+                # A server that has just died is seen at the next turn; one
+                # that is slow to answer is asked again then.
+                continue
+
+    def _restart(self) -> bool:
+        """Start the server again; false if the manager went or the budget is spent."""
+        from redis.exceptions import RedisError
+
+        assert self.server is not None
+        reason = f"it ended with code {self.server.returncode}"
+        while True:
+            pause = self._restarts.next(time.monotonic())
+            if pause is None:
+                self._emit(
+                    Failed(f"{reason}, again and again", tuple(last_lines(self.log, LOG_TAIL)))
+                )
+                return False
+            if self._wait(pause):
+                return False
+            try:
+                self._start_server(RESTART_TIMEOUT)
+                assert self._client is not None
+                members = self._members()
+            except (ServerFailed, RedisError, OSError) as error:
+                reason = str(error)
+                self._end_server()
+                if self._manager_gone():
+                    return False
+                continue
+            break
+        self._presence.broker_restarted(members, time.monotonic() + LIVENESS_TIMEOUT)
+        self._emit(Restarted(self.server.pid, reason))
+        return True
+
+    # -- workers --------------------------------------------------------------
+
+    def _look_at_workers(self, now: float) -> None:
+        assert self._client is not None and self._scripts is not None
+        with self._client.pipeline(transaction=False) as pipe:
+            # In this order: a worker subscribes before it registers.
+            pipe.hlen(keys.WORKERS)
+            pipe.pubsub_numsub(keys.PRESENCE)
+            members, [(_, subscribers)] = pipe.execute()
+        full = now >= self._next_full_look
+        if not full and not self._presence.must_ask(members, subscribers):
+            return
+        self._next_full_look = now + FULL_LOOK
+        nodes = self._members()
+        counts = {}
+        if nodes:
+            reply = self._client.pubsub_numsub(*(keys.presence(node) for node in nodes))
+            counts = dict(zip(nodes, (count for _, count in reply), strict=True))
+        for node in self._presence.look(counts, now):
+            held = self._scripts.release(node, "its connection is gone", died=True)
+            if held >= 0:
+                self._emit(Dead(node, held))
+
+    def _members(self) -> list[str]:
+        """The nodes that take part."""
+        assert self._client is not None
+        return [node.decode() for node in cast("list[bytes]", self._client.hkeys(keys.WORKERS))]
+
+    def _say_farewell(self) -> None:
+        """Tell the workers that it is over, and wait a moment until they have heard."""
+        from redis.exceptions import RedisError
+
+        from cluster.wire.registration import announce_over
+
+        assert self._client is not None
+        deadline = time.monotonic() + FAREWELL
+        try:
+            announce_over(self._client, 0)
+            while time.monotonic() < deadline:
+                [(_, subscribers)] = self._client.pubsub_numsub(keys.PRESENCE)
+                if not subscribers:
+                    return
+                time.sleep(TICK)
+        except (RedisError, OSError):
+            return  # no server: the workers find that out by themselves
+
+    def _end_server(self) -> None:
+        # Nothing in it is worth a clean shutdown: its directory goes as well.
+        if self.server is not None and self.server.poll() is None:
+            self.server.kill()
+            self.server.wait()
+
+    # -- the manager ----------------------------------------------------------
+
+    def _wait(self, seconds: float) -> bool:
+        """Let the time pass; true at once when the manager is gone."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            if self._outbox:
+                selector.register(self._events, selectors.EVENT_WRITE)
+            selector.select(seconds)
+        self._flush()
+        return self._manager_gone()
+
+    def _manager_gone(self) -> bool:
+        if os.getppid() != self._manager:
+            # A copy of the pipe's end may live on in a process it forked.
+            return True
+        try:
+            return os.read(self._control, 1) == b""
+        except BlockingIOError:
+            return False
+
+    def _emit(self, event: Event) -> None:
+        self._outbox += encode(event)
+        self._flush()
+
+    def _flush(self) -> None:
+        # A manager too busy to read must not hold up the guardian.
+        try:
+            while self._outbox:
+                del self._outbox[: os.write(self._events, self._outbox)]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._outbox.clear()
+
+
+def free_port(host: str) -> int:
+    """A port that the kernel says is free at ``host``."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def main() -> None:
+    """Read the order, guard the server."""
+    # A signal to the whole group of processes asks the manager to leave; the
+    # broker must last until it has.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    order = decode_order(sys.stdin.buffer.readline())
+    Guardian(order, sys.stdin.fileno(), sys.stdout.fileno()).run()
+
+
+if __name__ == "__main__":
+    main()

