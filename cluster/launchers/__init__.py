@@ -1,0 +1,1 @@
+"""How workers are started, looked after and ended, one platform a module."""
