@@ -1,0 +1,99 @@
+"""From an environment to a Celery worker that takes part in its cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from cluster._version import __version__
+from cluster.errors import ConfigurationError
+from cluster.interpreter import restore_search_path
+from cluster.model import Endpoint
+from cluster.settings import (
+    CELERY_OVERRIDES,
+    ORPHAN_TIMEOUT,
+    WORKER_VARIABLES,
+    WorkerSettings,
+    worker_settings,
+)
+from cluster.wire.exitcodes import ExitCode
+
+
+def main() -> NoReturn:
+    """Run a worker until it leaves; ends the process with a code of the table."""
+    try:
+        settings = worker_settings()
+    except ConfigurationError as error:
+        sys.exit(f"cluster worker: {error}")
+    for name in (*WORKER_VARIABLES, *CELERY_OVERRIDES):
+        os.environ.pop(name, None)
+    restore_search_path(settings.path)
+    if settings.version != __version__:
+        print(
+            f"This worker runs celery-cluster {__version__}, its manager {settings.version}. "
+            "Install the same version on both sides.",
+            file=sys.stderr,
+        )
+        sys.exit(ExitCode.VERSION_MISMATCH)
+    sys.exit(_run(settings))
+
+
+def _run(settings: WorkerSettings) -> int:
+    # What these import includes Celery, which looks at MP_MAIN_FILE then.
+    from cluster import binding
+    from cluster.wire import identity
+    from cluster.worker.processes import end_now, mark_main
+
+    node = identity.new_node_name(settings.worker)
+    mark_main()
+    identity.assume(node, on_fenced=lambda: end_now(ExitCode.FENCED))
+    binding.set_defaults()
+    ref = binding.AppRef.from_fields(settings.app)
+    try:
+        app = binding.import_app(ref)
+    except Exception:  # noqa: BLE001 (it is the user's code)
+        traceback.print_exc()
+        print(f"The app can't be imported from {ref.script or ref.home}.", file=sys.stderr)
+        return ExitCode.IMPORT_FAILED
+    host, _, port = settings.address.rpartition(":")
+    endpoint = Endpoint(host, int(port), settings.secret)
+    binding.bind_worker(app, endpoint)
+    return _serve(app, settings, node, endpoint)
+
+
+def _serve(app: Any, settings: WorkerSettings, node: str, endpoint: Endpoint) -> int:
+    from celery.app.task import Task
+    from celery.signals import worker_process_init, worker_ready
+
+    from cluster.worker.drain import Drain
+    from cluster.worker.membership import Membership
+    from cluster.worker.processes import begin_child
+    from cluster.worker.watchdog import Watchdog
+
+    Task.Request = "cluster.worker.request:Request"
+    worker = app.Worker(
+        hostname=node,
+        pool="prefork",
+        concurrency=settings.concurrency,
+        loglevel=settings.loglevel,
+        without_mingle=True,
+        without_gossip=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    drain = Drain()
+    watchdog = Watchdog(
+        endpoint,
+        node=node,
+        parent=settings.parent,
+        orphan_timeout=ORPHAN_TIMEOUT,
+        drain=drain,
+    )
+    membership = Membership(worker, settings.worker, drain, watchdog)
+    worker_process_init.connect(begin_child)
+    worker_ready.connect(membership.begin)
+    worker.start()
+    # Celery sets no exit code where it had to terminate running tasks.
+    return drain.code if drain.code is not None else int(worker.exitcode or ExitCode.LEFT)

@@ -1,0 +1,105 @@
+"""How a worker leaves: it takes nothing more, finishes what it can, hands back the rest.
+
+Celery's own soft shutdown sleeps in a signal handler, still holds an
+outstanding pop and answers no pings (celery/worker/worker.py,
+wait_for_soft_shutdown). Here the event loop goes on until the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import Any
+
+from celery.utils.log import get_logger
+from celery.worker import state
+
+from cluster.wire.ledger import CONNECTION_ERRORS
+from cluster.wire.transport import current_ledger, stop_taking
+
+logger = get_logger(__name__)
+
+#: Seconds between looks at whether the running tasks are done.
+LOOK_EVERY = 0.05
+
+#: Seconds that Celery gets to shut down its parts after that.
+SHUTDOWN_ALLOWANCE = 2.0
+
+
+class Drain:
+    """The worker's way out; it is taken once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hub: Any = None
+        self._code: int | None = None
+        self._until = float("inf")
+        # A signal handler and the watchdog's thread wake the loop through it.
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, once the worker was told to leave."""
+        return self._code
+
+    @property
+    def overdue(self) -> int | None:
+        """The exit code, if the loop should have ended by now and hasn't."""
+        return self._code if time.monotonic() > self._until + SHUTDOWN_ALLOWANCE else None
+
+    def attach(self, hub: Any) -> None:
+        """Use the worker's event loop, from now on."""
+        self._hub = hub
+        hub.add_reader(self._wake_read, self._on_wake)
+
+    def begin(self, code: int, grace: float) -> None:
+        """Leave. From any thread or a signal handler; a later call can only shorten the grace.
+
+        Args:
+            code: the exit code; that of the first call counts.
+            grace: seconds that running tasks get.
+        """
+        until = time.monotonic() + grace
+        if self._code is None:
+            self._code = code
+        self._until = min(self._until, until)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"x")
+
+    def _on_wake(self) -> None:
+        os.read(self._wake_read, 64)
+        stop_taking()
+        self._look()
+
+    def _look(self) -> None:
+        if state.should_stop is not None or state.should_terminate is not None:
+            return
+        running = _running()
+        if running and time.monotonic() < self._until:
+            self._hub.call_later(LOOK_EVERY, self._look)
+            return
+        self._hand_back()
+        if running:
+            state.should_terminate = self._code
+        else:
+            state.should_stop = self._code
+
+    def _hand_back(self) -> None:
+        ledger = current_ledger()
+        if ledger is None:
+            return
+        try:
+            ledger.release("it left")
+        except CONNECTION_ERRORS as error:
+            # The guardian does it when it misses us.
+            logger.warning("Couldn't hand back what is unfinished (%s).", error)
+
+
+def _running() -> bool:
+    """Whether a task runs or is about to; one with an ETA in the future isn't."""
+    return bool(state.active_requests) or any(
+        not request.eta for request in tuple(state.reserved_requests)
+    )

@@ -1,0 +1,91 @@
+"""How a worker takes part: in this order, since each step rests on the one before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import traceback
+from typing import Any
+
+from celery.utils.log import get_logger
+
+from cluster.model import Registration
+from cluster.settings import DRAIN_GRACE
+from cluster.wire import keys
+from cluster.wire.exitcodes import ExitCode
+from cluster.wire.ledger import CONNECTION_ERRORS
+from cluster.wire.registration import encode
+from cluster.wire.scripts import Scripts
+from cluster.worker.drain import Drain
+from cluster.worker.processes import end_now
+from cluster.worker.watchdog import Watchdog
+
+logger = get_logger(__name__)
+
+#: Seconds for the watchdog's first connection.
+FIRST_CONNECTION = 10.0
+
+
+class Membership:
+    """Begins when Celery says that the worker is ready, before it takes its first task.
+
+    Args:
+        worker: the Celery worker.
+        id: the platform's name for it.
+        drain: its way out.
+        watchdog: not started yet.
+    """
+
+    def __init__(self, worker: Any, id: str, drain: Drain, watchdog: Watchdog) -> None:  # noqa: A002
+        self._worker = worker
+        self._drain = drain
+        self._watchdog = watchdog
+        self._registration = Registration(
+            node=worker.hostname, worker=id, host=socket.gethostname(), pid=os.getpid()
+        )
+
+    def begin(self, **_: Any) -> None:
+        """Receives Celery's ``worker_ready``, which comes again with each new consumer."""
+        if self._watchdog.is_alive():
+            return
+        try:
+            self._listen_for_orders()
+            self._show_presence()
+            self._register()
+        except Exception:  # noqa: BLE001 (whatever it is, this worker is of no use)
+            # Celery would log what a signal's receiver raises, and go on.
+            traceback.print_exc()
+            end_now(ExitCode.ORPHANED)
+        # Two turns of the event loop later: in the first it subscribes to
+        # what a ping comes in on.
+        hub = self._worker.hub
+        hub.call_soon(hub.call_soon, self._announce)
+
+    def _listen_for_orders(self) -> None:
+        self._drain.attach(self._worker.hub)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_: Any) -> None:
+        self._drain.begin(ExitCode.PLATFORM_NOTICE, DRAIN_GRACE)
+
+    def _show_presence(self) -> None:
+        # After the pool has forked its children: they inherit no thread.
+        self._watchdog.start()
+        if not self._watchdog.subscribed.wait(FIRST_CONNECTION):
+            raise TimeoutError(f"no connection to the broker within {FIRST_CONNECTION:.0f} s")
+
+    def _register(self) -> None:
+        with self._worker.app.connection_for_write() as connection:
+            scripts = Scripts(connection.default_channel.client)
+            scripts.register(self._registration.node, encode(self._registration))
+
+    def _announce(self) -> None:
+        try:
+            with self._worker.app.connection_for_write() as connection:
+                connection.default_channel.client.lpush(keys.JOINED, encode(self._registration))
+        except CONNECTION_ERRORS as error:
+            # The manager has lost its connection as well, and looks at the
+            # registrations once it has another.
+            logger.warning("The broker went away as this worker joined (%s).", error)

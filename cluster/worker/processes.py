@@ -1,0 +1,67 @@
+"""A worker's processes belong together: when the main one goes, so do its pool's children."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import NoReturn
+
+import psutil
+from celery.signals import worker_process_shutdown
+
+_main = 0
+_read_end = -1
+_write_end = -1
+
+
+def mark_main() -> None:
+    """Make this process the main one: those it forks from now on end when it does.
+
+    They hold the read end of a pipe whose write end only the main process
+    has: it closes when that process is gone, in whatever way.
+    """
+    global _main, _read_end, _write_end
+    _main = os.getpid()
+    _read_end, _write_end = os.pipe()
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _after_fork_in_child() -> None:
+    global _write_end
+    if _write_end != -1:
+        os.close(_write_end)
+        _write_end = -1
+
+
+def begin_child(**_: object) -> None:
+    """In a pool's child, as Celery's ``worker_process_init`` says that it starts: end it
+    when the main process has ended."""
+    threading.Thread(target=_wait_for_main, name="cluster-lifeline", daemon=True).start()
+    # Only now, so that it comes after all receivers that the app has connected.
+    worker_process_shutdown.connect(_end_child)
+
+
+def _end_child(exitcode: int = -1, **_: object) -> None:
+    """The child was told to end, and the other receivers have run: don't wait.
+
+    billiard would sleep for a second now (billiard/pool.py, Worker._do_exit).
+    A child that is only recycled has another exit code.
+    """
+    if exitcode == 0:
+        os._exit(0)
+
+
+def _wait_for_main() -> None:
+    os.read(_read_end, 1)
+    os._exit(0)
+
+
+def end_now(code: int) -> NoReturn:
+    """End this process, and the pool if it is the main one, without any clean-up."""
+    if os.getpid() == _main:
+        for child in psutil.Process().children(recursive=True):
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+    os._exit(code)

@@ -1,0 +1,132 @@
+"""A thread that keeps an eye on what the worker's event loop can't see when it is stuck.
+
+It has a connection of its own, whose subscription is the worker's sign of
+life for the guardian, and ends the process when it is an orphan, fenced, or
+too slow to leave.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import redis
+from celery.utils.log import get_logger
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from cluster.model import Endpoint
+from cluster.wire import keys, secret
+from cluster.wire.exitcodes import ExitCode
+from cluster.wire.ledger import CONNECTION_ERRORS
+from cluster.wire.registration import grace_in
+from cluster.worker.drain import Drain
+from cluster.worker.processes import end_now
+
+logger = get_logger(__name__)
+
+#: Seconds between turns, and for each command to the broker.
+TURN = 0.25
+COMMAND_TIMEOUT = 1.0
+
+#: Seconds of silence after which the broker is asked whether it is there.
+ASK_AFTER = 5.0
+
+
+class Watchdog(threading.Thread):
+    """Watches until the process ends.
+
+    Args:
+        endpoint: the broker.
+        node: this worker's node name.
+        parent: process id of the manager, where it is this process's parent; else 0.
+        orphan_timeout: seconds without the broker after which the worker ends itself.
+        drain: the way out.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, *, node: str, parent: int, orphan_timeout: float, drain: Drain
+    ) -> None:
+        super().__init__(name="cluster-watchdog", daemon=True)
+        self.subscribed = threading.Event()
+        self._node = node
+        self._own_channel = keys.presence(node)
+        self._parent = parent
+        self._orphan_timeout = orphan_timeout
+        self._drain = drain
+        self._reached = time.monotonic()
+        self._client = redis.Redis(
+            host=endpoint.host,
+            port=endpoint.port,
+            password=secret.password(endpoint.secret),
+            socket_timeout=COMMAND_TIMEOUT,
+            socket_connect_timeout=COMMAND_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._pubsub: Any = None
+        os.register_at_fork(after_in_child=self._after_fork_in_child)
+
+    def run(self) -> None:
+        while True:
+            self._check()
+            try:
+                if self._pubsub is None:
+                    self._subscribe()
+                self._listen()
+                if time.monotonic() - self._reached > ASK_AFTER:
+                    self._client.ping()
+                    self._reached = time.monotonic()
+            except CONNECTION_ERRORS:
+                self._disconnect()
+                time.sleep(TURN)  # the pause between attempts
+
+    def _check(self) -> None:
+        if self._parent and os.getppid() != self._parent:
+            logger.warning("The manager is gone; leaving.")
+            end_now(ExitCode.ORPHANED)
+        if time.monotonic() - self._reached > self._orphan_timeout:
+            logger.warning("The broker was away for %s s; leaving.", self._orphan_timeout)
+            end_now(ExitCode.ORPHANED)
+        code = self._drain.overdue
+        if code is not None:
+            end_now(code)
+
+    def _subscribe(self) -> None:
+        self._pubsub = self._client.pubsub()  # type: ignore[no-untyped-call]
+        self._pubsub.subscribe(keys.PRESENCE, self._own_channel)
+        # After subscribing, so that no word falls in between.
+        if self._client.hexists(keys.FENCED, self._node):
+            logger.warning("This worker was declared dead; leaving.")
+            end_now(ExitCode.FENCED)
+        grace = self._client.get(keys.OVER)
+        if grace is not None:
+            self._drain.begin(ExitCode.LEFT, float(grace))
+        self._reached = time.monotonic()
+
+    def _listen(self) -> None:
+        message = self._pubsub.get_message(timeout=TURN)
+        if message is None:
+            return
+        if message["type"] == "subscribe":
+            if message["channel"].decode() == self._own_channel:
+                self.subscribed.set()
+            return
+        grace = grace_in(message["data"])
+        if grace is not None:
+            self._drain.begin(ExitCode.LEFT, grace)
+
+    def _disconnect(self) -> None:
+        if self._pubsub is not None:
+            self._pubsub.close()
+            self._pubsub = None
+        self._client.connection_pool.disconnect()
+
+    def _after_fork_in_child(self) -> None:
+        # A child that outlives this process must not keep its sign of life
+        # alive. Closed, not shut down: that would end the parent's as well.
+        connection = getattr(self._pubsub, "connection", None)
+        sock = getattr(connection, "_sock", None)
+        if sock is not None:
+            os.close(sock.detach())
