@@ -1,0 +1,563 @@
+"""``cluster.start`` and :class:`Cluster`: start → ready → stop, and back out if it fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from cluster import leaving
+from cluster._version import __version__
+from cluster.binding import AppRef, Binding, check_unbound, find_app, locate
+from cluster.broker.broker import Broker
+from cluster.broker.messages import Event
+from cluster.broker.server import Server, find_server
+from cluster.errors import (
+    ClusterError,
+    ConfigurationError,
+    StateError,
+    WorkersNotReady,
+)
+from cluster.launchers import base
+from cluster.launchers.base import Launcher
+from cluster.model import (
+    TRANSITIONS,
+    ClusterStatus,
+    Endpoint,
+    Severity,
+    State,
+    WorkerRef,
+    WorkerSpec,
+    WorkerView,
+)
+from cluster.progress import Display
+from cluster.readiness import Verdict, decide
+from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT, manager_settings
+from cluster.supervisor import LOG_TAIL, Supervisor
+from cluster.wire import identity
+from cluster.wire.ledger import CONNECTION_ERRORS
+from cluster.wire.registration import announce_over
+from cluster.wire.secret import new_secret, password
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from redis import Redis
+
+logger = logging.getLogger("cluster")
+
+#: Seconds that workers get to end, beyond what their tasks get, before they are made to.
+EXIT_ALLOWANCE = 1.0
+
+#: Seconds between looks at workers that are leaving.
+LOOK_EVERY = 0.02
+
+
+def start(
+    workers: int | None = None,
+    *,
+    minimum: int | None = None,
+    app: Celery | str | None = None,
+    launcher: str | Launcher | None = None,
+    timeout: float | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Cluster:
+    """Start a broker and workers for an app, and wait until the workers are ready.
+
+    Args:
+        workers: how many, zero or more. Default: the launcher's own, for
+            local processes one a CPU.
+        minimum: go on with at least this many at the deadline. Default: ``workers``.
+        app: the Celery app, or its import path, such as ``"package.module:app"``.
+            Default: ``celery.current_app``.
+        launcher: where the workers run: a name, or a launcher. Default: what
+            ``CLUSTER_LAUNCHER`` says, else what fits where this process runs.
+        timeout: seconds to wait for the workers. Default: the launcher's own,
+            for local processes 60.
+        progress: show how it goes, on standard error. Default: yes, live on a
+            terminal and one line per change elsewhere.
+        options: the launcher's own; for local processes ``concurrency``, the
+            tasks that each worker runs at once (default 1).
+
+    Returns:
+        A running cluster. Use it in a ``with`` statement, or call its ``stop()``.
+
+    Raises:
+        ConfigurationError: an argument or a setting can't be used, or no
+            worker could import the app. Nothing was started.
+        StateError: the app belongs to another cluster that still runs, or
+            this process is a worker. Nothing was started.
+        BrokerStartError: the broker didn't come up.
+        LaunchError: the workers couldn't be launched.
+        WorkersNotReady: fewer than ``minimum`` were ready in time, or enough
+            had failed for good. All that was started is gone again.
+    """
+    plan = _plan(
+        workers=workers,
+        minimum=minimum,
+        app=app,
+        launcher=launcher,
+        timeout=timeout,
+        options=options,
+    )
+    cluster = Cluster(plan)
+    cluster._start(Display(progress))
+    return cluster
+
+
+class _Plan:
+    """Everything about a cluster that can be known before anything is started."""
+
+    def __init__(
+        self,
+        *,
+        app: Celery,
+        ref: AppRef,
+        launcher: Launcher,
+        server: Server,
+        workers: int,
+        minimum: int,
+        timeout: float,
+    ) -> None:
+        self.app = app
+        self.ref = ref
+        self.launcher = launcher
+        self.server = server
+        self.workers = workers
+        self.minimum = minimum
+        self.timeout = timeout
+
+
+def _plan(
+    *,
+    workers: int | None,
+    minimum: int | None,
+    app: Celery | str | None,
+    launcher: str | Launcher | None,
+    timeout: float | None,
+    options: dict[str, Any],
+) -> _Plan:
+    node = identity.current()
+    if node is not None:
+        raise StateError(
+            f"cluster.start was called inside a worker ({node}). When a worker imports your "
+            "script, it must not start a cluster of its own: put the call under if __name__ == "
+            '"__main__":.'
+        )
+    settings = manager_settings()
+    chosen = launcher if launcher is not None else base.detect(os.environ, settings.launcher)
+    made = base.make(chosen, options)
+    wanted = _count("workers", workers if workers is not None else made.defaults.workers)
+    if wanted is None:
+        raise ConfigurationError(
+            f"Say how many workers: cluster.start(4). The launcher {made.name!r} has no default."
+        )
+    least = _count("minimum", minimum)
+    least = wanted if least is None else least
+    if least > wanted:
+        raise ConfigurationError(f"minimum={least} is more than workers={wanted}.")
+    seconds = made.defaults.timeout if timeout is None else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise ConfigurationError(f"timeout={timeout!r}: give a number of seconds above 0.")
+    found = find_app(app)
+    check_unbound(found)
+    ref = locate(found)
+    for finding in made.preflight(wanted, least):
+        match finding.severity:
+            case Severity.REFUSE:
+                raise ConfigurationError(finding.message)
+            case Severity.WARN:
+                warnings.warn(finding.message, RuntimeWarning, stacklevel=4)
+            case Severity.INFORM:
+                logger.info("%s", finding.message)
+    return _Plan(
+        app=found,
+        ref=ref,
+        launcher=made,
+        server=find_server(settings.broker_server),
+        workers=wanted,
+        minimum=least,
+        timeout=float(seconds),
+    )
+
+
+def _count(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigurationError(f"{name}={value!r}: give a whole number, 0 or more.")
+    return value
+
+
+class Cluster:
+    """A broker and its workers; made by :func:`start`."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self._plan = plan
+        self._id = secrets.token_hex(4)
+        self._state = State.NEW
+        self._broker: Broker | None = None
+        self._binding: Binding | None = None
+        self._client: Redis | None = None
+        self._supervisor: Supervisor | None = None
+        self._stop_lock = threading.Lock()
+
+    # -- what a user looks at ---------------------------------------------------------
+
+    @property
+    def app(self) -> Celery:
+        """The Celery app, bound to the cluster's broker."""
+        return self._plan.app
+
+    @property
+    def launcher(self) -> Launcher:
+        """What runs the workers."""
+        return self._plan.launcher
+
+    @property
+    def state(self) -> State:
+        """Where the cluster is in its life."""
+        return self._state
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The Celery node names of the workers that are ready now."""
+        supervisor = self._supervisor
+        if supervisor is None or self._state in (State.STOPPING, State.STOPPED):
+            return ()
+        with supervisor.changed:
+            return supervisor.roster.ready
+
+    def status(self) -> ClusterStatus:
+        """How the cluster and each of its workers is, as data; prints as a table."""
+        broker, supervisor = self._broker, self._supervisor
+        views: tuple[WorkerView, ...] = ()
+        if supervisor is not None:
+            with supervisor.changed:
+                views = supervisor.roster.views()
+        return ClusterStatus(
+            id=self._id,
+            state=self._state,
+            launcher=self.launcher.name,
+            broker=broker.endpoint.address if broker is not None else "",
+            wanted=self._plan.workers,
+            workers=views,
+        )
+
+    def logs(self, worker: str | None = None, tail: int = 100) -> dict[str, Sequence[str]]:
+        """What the workers wrote.
+
+        Args:
+            worker: a worker's id or node name. Default: all that were launched.
+            tail: the last lines of each, at most.
+
+        Returns:
+            The lines by the worker's id.
+
+        Raises:
+            ConfigurationError: there is no such worker.
+            StateError: the cluster is stopped, and its workers' logs are gone.
+        """
+        supervisor = self._supervisor
+        if supervisor is None or self._state is State.STOPPED:
+            raise StateError(f"{self!r} has no logs any more. Ask before it is stopped.")
+        with supervisor.changed:
+            if worker is None:
+                refs = list(supervisor.roster.statuses)
+            else:
+                found = supervisor.roster.find(worker)
+                if found is None:
+                    known = ", ".join(ref.id for ref in supervisor.roster.statuses)
+                    raise ConfigurationError(f"There is no worker {worker!r}, only {known}.")
+                refs = [found]
+        return {ref.id: self.launcher.logs(ref, tail=tail) for ref in refs}
+
+    def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
+        """Wait until at least ``n`` workers are ready.
+
+        Args:
+            n: how many.
+            timeout: seconds. Default: the launcher's own for a start.
+
+        Raises:
+            WorkersNotReady: they weren't, or can't be any more; nothing was stopped.
+            StateError: the cluster is stopping or stopped.
+            ClusterError: the cluster failed; what ``state`` and the log told.
+        """
+        if self._state not in (State.STARTING, State.READY, State.SCALING, State.FAILED):
+            raise StateError(f"{self!r} doesn't run.")
+        seconds = self.launcher.defaults.timeout if timeout is None else timeout
+        supervisor = self._require_supervisor()
+        began = time.monotonic()
+        verdict = self._wait(
+            supervisor, wanted=n, minimum=n, began=began, timeout=seconds, display=Display(False)
+        )
+        if verdict is not Verdict.ALL:
+            raise self._not_ready(supervisor, n, n, time.monotonic() - began)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Cluster {self._id} {self._state}: {len(self.workers)} of {self._plan.workers} "
+            f"workers ready, {self.launcher.name}>"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    # -- starting -----------------------------------------------------------------------
+
+    def _start(self, display: Display) -> None:
+        self._go(State.STARTING)
+        leaving.add(id(self), self.stop)
+        try:
+            with display:
+                self._bring_up(display)
+        except BaseException:
+            # Whatever it was, Ctrl-C included: nothing stays behind.
+            if self._state is State.STARTING:
+                self._go(State.FAILED)
+            self.stop(timeout=0)
+            raise
+
+    def _bring_up(self, display: Display) -> None:
+        plan = self._plan
+        began = time.monotonic()
+        display.show(f"Starting a broker ({plan.server.path}, {plan.server.version})")
+        directory = Path(tempfile.mkdtemp(prefix=f"cluster-{self._id}-"))
+        try:
+            self._broker = Broker(
+                plan.server,
+                host=plan.launcher.reach().host,
+                secret=new_secret(),
+                directory=directory,
+                workers=plan.workers,
+                on_event=self._on_event,
+            )
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        endpoint = self._broker.endpoint
+        self._client = _connect(endpoint)
+        self._binding = Binding(plan.app, endpoint)
+        self._supervisor = Supervisor(
+            launcher=plan.launcher,
+            spec=self._spec(endpoint, directory),
+            wanted=plan.workers,
+            client=self._client,
+            binding=self._binding,
+            on_failure=self._on_failure,
+        )
+        self._supervisor.launch(plan.workers)
+        self._supervisor.start()
+        verdict = self._wait(
+            self._supervisor,
+            wanted=plan.workers,
+            minimum=plan.minimum,
+            began=began,
+            timeout=plan.timeout,
+            display=display,
+        )
+        elapsed = time.monotonic() - began
+        if verdict is Verdict.TOO_FEW:
+            raise self._not_ready(self._supervisor, plan.workers, plan.minimum, elapsed)
+        ready = len(self.workers)
+        if verdict is Verdict.ENOUGH:
+            warnings.warn(
+                f"Only {ready} of {plan.workers} workers were ready after {elapsed:.1f} s; going "
+                f"on with them (minimum={plan.minimum}). Later ones join as they come.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        self._go(State.READY)
+        display.say(f"{ready} of {plan.workers} workers ready after {elapsed:.1f} s")
+
+    def _spec(self, endpoint: Endpoint, directory: Path) -> WorkerSpec:
+        return WorkerSpec(
+            cluster_id=self._id,
+            directory=directory,
+            environment={
+                "CLUSTER_ID": self._id,
+                "CLUSTER_ADDRESS": endpoint.address,
+                "CLUSTER_SECRET": endpoint.secret,
+                "CLUSTER_APP": self._plan.ref.to_json(),
+                "CLUSTER_VERSION": __version__,
+                **self._plan.ref.environment,
+            },
+        )
+
+    def _wait(
+        self,
+        supervisor: Supervisor,
+        *,
+        wanted: int,
+        minimum: int,
+        began: float,
+        timeout: float,
+        display: Display,
+    ) -> Verdict:
+        """Wait for workers until there is something to say, and show how it goes."""
+        while True:
+            elapsed = time.monotonic() - began
+            with supervisor.changed:
+                ready, coming = len(supervisor.roster.ready), supervisor.coming
+                verdict = decide(
+                    ready=ready,
+                    coming=coming,
+                    wanted=wanted,
+                    minimum=minimum,
+                    expired=elapsed >= timeout,
+                )
+                if verdict is not Verdict.WAIT:
+                    return verdict
+                if supervisor.failure is not None:
+                    raise supervisor.failure
+                display.show(
+                    f"{ready} of {wanted} workers ready, {coming} starting ({self.launcher.name})",
+                    timing=f"{elapsed:.0f} of at most {timeout:.0f} s",
+                )
+                supervisor.changed.wait(min(0.25, max(0.0, timeout - elapsed)))
+
+    def _not_ready(
+        self, supervisor: Supervisor, wanted: int, minimum: int, elapsed: float
+    ) -> WorkersNotReady:
+        with supervisor.changed:
+            ready = len(supervisor.roster.ready)
+            statuses = supervisor.roster.statuses
+            failed = supervisor.roster.failed
+        reasons = sorted({seat.status.reason for seat in failed})
+        why = f" {len(failed)} failed: {'; '.join(reasons)}." if failed else ""
+        silent = "" if failed else " Their logs may say why: they are below."
+        shown: Sequence[WorkerRef] = [seat.ref for seat in failed] or list(statuses)
+        # Workers that fail at the start mostly fail alike: three tell it all.
+        logs = {ref.id: self.launcher.logs(ref, tail=LOG_TAIL) for ref in shown[:3]}
+        return WorkersNotReady(
+            f"{ready} of {wanted} workers were ready after {elapsed:.1f} s, and at least {minimum} "
+            f"were needed.{why}{silent}",
+            ready=ready,
+            wanted=wanted,
+            minimum=minimum,
+            elapsed=elapsed,
+            statuses=statuses,
+            logs=logs,
+        )
+
+    def _on_event(self, event: Event) -> None:
+        """In the broker's thread. Before there are workers, only a loss counts, and
+        whoever starts them meets it."""
+        if self._supervisor is not None:
+            self._supervisor.tell(event)
+
+    def _on_failure(self, why: ClusterError) -> None:
+        """In the supervisor's thread: the cluster can't go on."""
+        if self._state in (State.READY, State.SCALING):
+            self._go(State.FAILED)
+            logger.error("%s", why)
+        if self._binding is not None:
+            self._binding.end_results(why)
+
+    # -- stopping -----------------------------------------------------------------------
+
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        """End the workers and the broker, and put the app back as it was. Idempotent.
+
+        Workers take no new task, and get ``timeout`` seconds to finish those
+        that run. Results that aren't there by then never come: asking for one
+        raises :class:`ClusterError`.
+
+        Args:
+            timeout: seconds for running tasks.
+        """
+        with self._stop_lock:
+            if self._state is State.STOPPED:
+                return
+            if self._state is not State.STOPPING:
+                self._go(State.STOPPING)
+            # Each step can be repeated: one that Ctrl-C interrupts is done
+            # again when the interpreter ends.
+            self._end_workers(timeout)
+            self._unbind()
+            if self._broker is not None:
+                self._broker.stop()
+                self._broker = None
+            leaving.remove(id(self))
+            self._go(State.STOPPED)
+
+    def _end_workers(self, timeout: float) -> None:
+        supervisor = self._supervisor
+        if supervisor is None:
+            return
+        assert self._client is not None
+        try:
+            announce_over(self._client, timeout)
+        except CONNECTION_ERRORS as error:
+            logger.warning("The workers can't be told to leave (%s); ending them.", error)
+        # Meanwhile: it may be in the middle of a turn.
+        supervisor.end()
+        launcher, roster = self.launcher, supervisor.roster
+        launcher.terminate(roster.starting, reason="the cluster is stopping")
+        deadline = time.monotonic() + timeout + EXIT_ALLOWANCE
+        while roster.unfinished and time.monotonic() < deadline:
+            roster.described(launcher.describe(roster.unfinished))
+            if roster.unfinished:
+                time.sleep(LOOK_EVERY)
+        launcher.terminate(roster.unfinished, reason="the cluster is stopping")
+        roster.described(launcher.describe(roster.unfinished))
+
+    def _unbind(self) -> None:
+        if self._binding is not None:
+            self._binding.end_results(
+                ClusterError(
+                    "The cluster has been stopped before this result came. Get results before "
+                    "you leave the with block or call stop()."
+                )
+            )
+            self._binding.release()
+            self._binding = None
+        if self._client is not None:
+            self._client.connection_pool.disconnect()
+            self._client = None
+
+    # -- state ----------------------------------------------------------------------------
+
+    def _go(self, state: State) -> None:
+        if state not in TRANSITIONS[self._state]:
+            raise StateError(f"A cluster that is {self._state} can't become {state}.")
+        self._state = state
+
+    def _require_supervisor(self) -> Supervisor:
+        if self._supervisor is None:
+            raise StateError(f"{self!r} has no workers yet.")
+        return self._supervisor
+
+
+def _connect(endpoint: Endpoint) -> Redis:
+    """The manager's own connections: without retries, since the guardian reports a loss."""
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return redis.Redis(
+        host=endpoint.host,
+        port=endpoint.port,
+        password=password(endpoint.secret),
+        socket_timeout=SOCKET_TIMEOUT,
+        socket_connect_timeout=SOCKET_TIMEOUT,
+        retry=Retry(NoBackoff(), 0),
+    )

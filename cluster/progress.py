@@ -1,0 +1,51 @@
+"""Shows how a wait goes: a live line on a terminal, one line per change elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+
+
+class Display:
+    """A line that changes, on standard error.
+
+    Args:
+        shown: whether to show anything; ``None``: yes.
+    """
+
+    def __init__(self, shown: bool | None) -> None:
+        console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._console = console if shown is not False else None
+        self._status = console.status("") if shown is not False and console.is_terminal else None
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def show(self, text: str, *, timing: str = "") -> None:
+        """The line now. ``timing`` changes all the time: by itself it is no news."""
+        if self._status is not None:
+            self._status.update(f"{text} {timing}".rstrip())
+        elif self._console is not None and text != self._last:
+            self._console.print(text, markup=False)
+        self._last = text
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._console is not None and text != self._last:
+            self._console.print(text, markup=False)
+        self._last = text
