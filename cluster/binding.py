@@ -32,8 +32,9 @@ from celery.app import defaults as celery_defaults
 from cluster.errors import ClusterError, ConfigurationError, StateError
 from cluster.model import Endpoint
 from cluster.settings import CELERY_OVERRIDES, SOCKET_TIMEOUT
+from cluster.wire import ending
 from cluster.wire.backend import PREFIX, Backend
-from cluster.wire.secret import broker_url
+from cluster.wire.secret import broker_url, password
 
 #: The user's, with defaults that lose no task; only a worker heeds these. Celery's
 #: names: https://docs.celeryq.dev/en/stable/userguide/configuration.html
@@ -161,11 +162,7 @@ def locate(app: celery.Celery) -> AppRef:
     Raises:
         ConfigurationError: it can't; the message says how to change that.
     """
-    task_modules = {
-        type(task).__module__
-        for task in app.tasks.values()
-        if not type(task).__module__.startswith("celery.")
-    }
+    task_modules = _task_modules(app)
     holders = list(_holders(app))
     # An app that a module defines and the script imports is found in both.
     importable = [(name, attribute) for name, attribute in holders if name != "__main__"]
@@ -210,9 +207,28 @@ def _holders(app: celery.Celery) -> Iterator[tuple[str, str]]:
             if value is app:
                 found.append((name, attribute))
                 break
-    tasks_from = {type(task).__module__ for task in app.tasks.values()}
     # A module that holds it and has tasks comes before one that merely imported it.
+    tasks_from = _task_modules(app)
     yield from sorted(found, key=lambda holder: holder[0] not in tasks_from)
+
+
+def _task_modules(app: celery.Celery) -> set[str]:
+    """The modules that a worker must import to have the app's tasks.
+
+    Celery gives every app the tasks of all others in the process (``shared`` is
+    the default of ``app.task``). A module that holds another app and not this
+    one is taken for that other's.
+    """
+    found = set()
+    for name in {type(task).__module__ for task in app.tasks.values()}:
+        module = sys.modules.get(name)
+        if module is None or name.startswith("celery."):
+            continue
+        # By type(): asking a stand-in for its __class__ would make it find its app.
+        apps = [value for value in vars(module).values() if issubclass(type(value), celery.Celery)]
+        if not apps or any(value is app for value in apps):
+            found.add(name)
+    return found
 
 
 def _script_of(main: ModuleType) -> tuple[str, str]:
@@ -343,10 +359,11 @@ class Binding:
         app.backend_cls = values["result_backend"]
         self._caches_before = _swap_caches(app, _NO_CACHES)
         self._backend: Backend = app.backend
+        self._password = password(endpoint.secret)
 
-    def end_results(self, why: ClusterError) -> None:
-        """Whoever waits for a result, or asks for one that isn't known yet, gets ``why``."""
-        self._backend.end(why)
+    def end(self, why: ClusterError) -> None:
+        """From now on, whoever sends a task, waits for a result or asks for one gets ``why``."""
+        ending.end(self._password, why)
 
     def fail_task(self, request: Any, why: ClusterError) -> None:
         """Store ``why`` as the result of a task that won't be run any more.
@@ -357,7 +374,7 @@ class Binding:
         self._backend.mark_as_failure(request.id, why, request=request)
 
     def release(self) -> None:
-        """Put the app back as it was. Call :meth:`end_results` first."""
+        """Put the app back as it was. Call :meth:`end` first."""
         self._backend.result_consumer.stop()
         self._backend.client.connection_pool.disconnect()
         changes = self.app.conf.maps[0]

@@ -25,6 +25,7 @@ from cluster.errors import (
     ClusterError,
     ConfigurationError,
     StateError,
+    WorkerLost,
     WorkersNotReady,
 )
 from cluster.launchers import base
@@ -424,10 +425,11 @@ class Cluster:
                     minimum=minimum,
                     expired=elapsed >= timeout,
                 )
+                failure = supervisor.failure
+                if failure is not None and not isinstance(failure, WorkerLost):
+                    raise type(failure)(*failure.args)
                 if verdict is not Verdict.WAIT:
                     return verdict
-                if supervisor.failure is not None:
-                    raise supervisor.failure
                 display.show(
                     f"{ready} of {wanted} workers ready, {coming} starting ({self.launcher.name})",
                     timing=f"{elapsed:.0f} of at most {timeout:.0f} s",
@@ -441,15 +443,20 @@ class Cluster:
             ready = len(supervisor.roster.ready)
             statuses = supervisor.roster.statuses
             failed = supervisor.roster.failed
-        reasons = sorted({seat.status.reason for seat in failed})
-        why = f" {len(failed)} failed: {'; '.join(reasons)}." if failed else ""
-        silent = "" if failed else " Their logs may say why: they are below."
+            coming = supervisor.coming
+        if failed:
+            reasons = sorted({seat.status.reason for seat in failed})
+            why = f"{len(failed)} failed: {'; '.join(reasons)}."
+        elif coming:
+            why = "The others are still starting; what they wrote so far is below."
+        else:
+            why = "No more are starting."
         shown: Sequence[WorkerRef] = [seat.ref for seat in failed] or list(statuses)
         # Workers that fail at the start mostly fail alike: three tell it all.
         logs = {ref.id: self.launcher.logs(ref, tail=LOG_TAIL) for ref in shown[:3]}
         return WorkersNotReady(
             f"{ready} of {wanted} workers were ready after {elapsed:.1f} s, and at least {minimum} "
-            f"were needed.{why}{silent}",
+            f"were needed. {why}",
             ready=ready,
             wanted=wanted,
             minimum=minimum,
@@ -470,7 +477,7 @@ class Cluster:
             self._go(State.FAILED)
             logger.error("%s", why)
         if self._binding is not None:
-            self._binding.end_results(why)
+            self._binding.end(why)
 
     # -- stopping -----------------------------------------------------------------------
 
@@ -504,6 +511,7 @@ class Cluster:
         if supervisor is None:
             return
         assert self._client is not None
+        supervisor.stop_replacing()
         try:
             announce_over(self._client, timeout)
         except CONNECTION_ERRORS as error:
@@ -522,7 +530,7 @@ class Cluster:
 
     def _unbind(self) -> None:
         if self._binding is not None:
-            self._binding.end_results(
+            self._binding.end(
                 ClusterError(
                     "The cluster has been stopped before this result came. Get results before "
                     "you leave the with block or call stop()."

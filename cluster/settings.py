@@ -69,6 +69,9 @@ class WorkerSettings:
         default=0, converter=int, help="process id whose end ends this worker; 0: none"
     )
     path: str = environ.var(default="", help="the manager's sys.path")
+    scratch: str = environ.var(
+        default="", help="directory for the pool's own files; removed by the manager"
+    )
     loglevel: str = environ.var(default="WARNING", help="the worker's log level")
 
 
@@ -86,6 +89,7 @@ WORKER_VARIABLES = tuple(
         "CONCURRENCY",
         "PARENT",
         "PATH",
+        "SCRATCH",
         "LOGLEVEL",
     )
 )

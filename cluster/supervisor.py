@@ -106,8 +106,12 @@ class Supervisor(threading.Thread):
         with self.changed:
             return self.roster.coming + len(self._due)
 
+    def stop_replacing(self) -> None:
+        """From now on, workers that end have been told to."""
+        self._ending.set()
+
     def end(self) -> None:
-        """No more turns and no more replacements. Returns when the thread is done."""
+        """No more turns. Returns when the thread is done."""
         self._ending.set()
         if self.is_alive():
             self.join()
@@ -216,6 +220,8 @@ class Supervisor(threading.Thread):
 
     def _bury(self, seat: Seat, why: str) -> None:
         """A worker is gone: see whether another shall come in its place."""
+        if self._ending.is_set():
+            return
         pause = self._replacements.next(seat.status, was_ready=seat.ready, now=time.monotonic())
         if pause is None:
             logger.warning("Worker %s ended (%s). It isn't replaced.", seat.ref.id, why)

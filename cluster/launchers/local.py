@@ -130,6 +130,7 @@ class LocalLauncher:
             "CLUSTER_CONCURRENCY": str(self._options.concurrency),
             "CLUSTER_PARENT": str(os.getpid()),
             "CLUSTER_PATH": search_path(),
+            "CLUSTER_SCRATCH": str(spec.directory),
         }
         with path.open("wb") as log:
             process = subprocess.Popen(

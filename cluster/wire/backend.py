@@ -12,23 +12,38 @@ from typing import Any
 
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
+from celery.utils.log import get_logger
 
-from cluster.errors import ClusterError
-from cluster.wire import identity, keys
+from cluster.wire import ending, identity, keys
 from cluster.wire.ledger import guarded
 from cluster.wire.scripts import STORE
+
+logger = get_logger(__name__)
 
 #: Celery resolves ``<this>+redis://…`` (celery/app/backends.py, by_url).
 PREFIX = "cluster.wire.backend:Backend+"
 
 
 class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
-    """Raises in every waiting caller once the backend is closed."""
+    """Raises in every waiting caller once the broker is no more."""
 
     def drain_events(self, timeout: float | None = None) -> None:
         self.backend.check_open()
         super().drain_events(timeout=timeout)
         self.backend.check_open()
+
+    def consume_from(self, task_id: str) -> Any:
+        self.backend.check_open()
+        return super().consume_from(task_id)
+
+    def cancel_for(self, task_id: str) -> None:
+        # Results that are forgotten after the end come here, from their __del__.
+        if not self.backend.has_ended:
+            super().cancel_for(task_id)
+
+    def _reconnect_pubsub(self) -> None:
+        self.backend.check_open()
+        super()._reconnect_pubsub()
 
 
 class Backend(RedisBackend):  # type: ignore[misc]
@@ -36,40 +51,65 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     ResultConsumer = ResultConsumer
 
-    #: Why no result will come any more; ``None`` while the cluster lives.
-    _ended: ClusterError | None = None
-
-    def end(self, why: ClusterError) -> None:
-        """From now on, asking for a result that isn't known yet raises ``why``."""
-        self._ended = why
+    @property
+    def has_ended(self) -> bool:
+        """Whether no result will come any more."""
+        return ending.has_ended(self.connparams["password"])
 
     def check_open(self) -> None:
-        """Raise why the cluster ended, if it has."""
-        if self._ended is not None:
-            # A new one each time: one exception raised in several threads
-            # would collect the tracebacks of all.
-            raise type(self._ended)(*self._ended.args)
+        """Raise why no result will come any more, if so."""
+        ending.check(self.connparams["password"])
+
+    # Asking goes through ensure() like storing does: Celery's own raises when it
+    # meets a broker that is being restarted, and a waiting get() with it.
 
     def get(self, key: str) -> Any:
+        return self.ensure(self._get, (key,))
+
+    def mget(self, keys: Any) -> Any:
+        return self.ensure(self._mget, (keys,))
+
+    def _get(self, key: str) -> Any:
         self.check_open()
         return super().get(key)
 
-    def mget(self, keys: Any) -> Any:
+    def _mget(self, keys: Any) -> Any:
         self.check_open()
         return super().mget(keys)
+
+    @property
+    def retry_policy(self) -> dict[str, Any]:
+        """Until the broker is back. That it won't be is for others to say: in a manager
+        the guardian (then :meth:`check_open` raises), in a worker the watchdog."""
+        return {
+            "max_retries": None,
+            "interval_start": 0,
+            "interval_step": 0.1,
+            "interval_max": 0.5,
+        }
+
+    def on_connection_error(
+        self, _max_retries: int | None, error: Exception, intervals: Any, retries: int
+    ) -> float:
+        if retries == 0:
+            logger.warning("The results are out of reach (%s); trying again.", error)
+        self.check_open()
+        seconds: float = next(intervals)
+        return seconds
 
     def _wait_for_pending(self, result: Any, **kwargs: Any) -> Any:
         self.check_open()
         return super()._wait_for_pending(result, **kwargs)
 
     def _set(self, key: str, value: Any, expires: int | None = None) -> None:
+        self.check_open()
         node = identity.current()
+        seconds = int((self.expires if expires is None else expires) or 0)
         if node is None:
-            super()._set(key, value, expires)
+            with self.client.pipeline() as pipe:
+                pipe.set(key, value, ex=seconds or None)
+                pipe.publish(key, value)
+                pipe.execute()
             return
-        seconds = self.expires if expires is None else expires
         script = self.client.register_script(STORE)
-        guarded(
-            node,
-            partial(script, keys=[keys.FENCED, key], args=[node, value, int(seconds or 0)]),
-        )
+        guarded(node, partial(script, keys=[keys.FENCED, key], args=[node, value, seconds]))

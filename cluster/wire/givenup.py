@@ -55,7 +55,10 @@ def _embedded(message: dict[str, Any], accept: Collection[str]) -> dict[str, Any
         if message["properties"].get("body_encoding") == "base64":
             body = base64.b64decode(body)
         _, _, embedded = serialization.loads(
-            body, message["content-type"], message["content-encoding"], accept=accept
+            body,
+            message["content-type"],
+            message["content-encoding"],
+            accept=serialization.prepare_accept_content(accept),
         )
     except (KombuError, ValueError, KeyError, TypeError) as error:
         logger.warning("The body of a task that was given up can't be read: %s", error)

@@ -32,7 +32,7 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError, ResponseError
 
-from cluster.wire import identity, keys
+from cluster.wire import ending, identity, keys
 from cluster.wire.ledger import CONNECTION_ERRORS, Ledger
 from cluster.wire.scripts import is_fenced, take_arguments
 
@@ -291,6 +291,10 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
+
+    def establish_connection(self) -> Any:
+        ending.check(self.client.password)
+        return super().establish_connection()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         if identity.current() is not None:

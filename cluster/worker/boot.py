@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 from cluster._version import __version__
@@ -47,7 +48,7 @@ def _run(settings: WorkerSettings) -> int:
     from cluster.worker.processes import end_now, mark_main
 
     node = identity.new_node_name(settings.worker)
-    mark_main()
+    mark_main(settings.scratch)
     identity.assume(node, on_fenced=lambda: end_now(ExitCode.FENCED))
     binding.set_defaults()
     ref = binding.AppRef.from_fields(settings.app)
@@ -65,6 +66,7 @@ def _run(settings: WorkerSettings) -> int:
 
 def _serve(app: Any, settings: WorkerSettings, node: str, endpoint: Endpoint) -> int:
     from celery.app.task import Task
+    from celery.exceptions import SecurityWarning
     from celery.signals import worker_process_init, worker_ready
 
     from cluster.worker.drain import Drain
@@ -72,6 +74,8 @@ def _serve(app: Any, settings: WorkerSettings, node: str, endpoint: Endpoint) ->
     from cluster.worker.processes import begin_child
     from cluster.worker.watchdog import Watchdog
 
+    # It runs as whoever started it does, and in a container that is mostly root.
+    warnings.simplefilter("ignore", SecurityWarning)
     Task.Request = "cluster.worker.request:Request"
     worker = app.Worker(
         hostname=node,
@@ -95,5 +99,4 @@ def _serve(app: Any, settings: WorkerSettings, node: str, endpoint: Endpoint) ->
     worker_process_init.connect(begin_child)
     worker_ready.connect(membership.begin)
     worker.start()
-    # Celery sets no exit code where it had to terminate running tasks.
-    return drain.code if drain.code is not None else int(worker.exitcode or ExitCode.LEFT)
+    return int(worker.exitcode or ExitCode.LEFT)

@@ -18,6 +18,7 @@ from celery.worker import state
 
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.transport import current_ledger, stop_taking
+from cluster.worker.processes import end_now
 
 logger = get_logger(__name__)
 
@@ -39,11 +40,6 @@ class Drain:
         # A signal handler and the watchdog's thread wake the loop through it.
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
-
-    @property
-    def code(self) -> int | None:
-        """The exit code, once the worker was told to leave."""
-        return self._code
 
     @property
     def overdue(self) -> int | None:
@@ -75,17 +71,18 @@ class Drain:
         self._look()
 
     def _look(self) -> None:
-        if state.should_stop is not None or state.should_terminate is not None:
+        if state.should_stop is not None:
             return
         running = _running()
         if running and time.monotonic() < self._until:
             self._hub.call_later(LOOK_EVERY, self._look)
             return
         self._hand_back()
+        assert self._code is not None
         if running:
-            state.should_terminate = self._code
-        else:
-            state.should_stop = self._code
+            # Their messages are with others by now; Celery would take its time.
+            end_now(self._code)
+        state.should_stop = self._code
 
     def _hand_back(self) -> None:
         ledger = current_ledger()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 from typing import NoReturn
@@ -14,13 +15,21 @@ _read_end = -1
 _write_end = -1
 
 
-def mark_main() -> None:
+def mark_main(scratch: str) -> None:
     """Make this process the main one: those it forks from now on end when it does.
 
     They hold the read end of a pipe whose write end only the main process
     has: it closes when that process is gone, in whatever way.
+
+    Args:
+        scratch: directory for the files that the processes share, or an empty
+            string for one that this process makes, and leaves if it is killed.
     """
     global _main, _read_end, _write_end
+    if scratch:
+        # What multiprocessing passes on to its own children (multiprocessing/util.py,
+        # get_temp_dir, which billiard uses).
+        multiprocessing.current_process()._config["tempdir"] = scratch  # type: ignore[attr-defined]
     _main = os.getpid()
     _read_end, _write_end = os.pipe()
     os.register_at_fork(after_in_child=_after_fork_in_child)

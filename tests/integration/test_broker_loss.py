@@ -1,0 +1,112 @@
+"""The broker's server dies; work goes on. Its guardian dies; the user hears of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from sampleapp import add, app, wait_for
+
+from celery.exceptions import TimeoutError
+
+import cluster
+from cluster.model import State
+
+
+def server_of(c: cluster.Cluster) -> psutil.Process:
+    process = c._broker._server_process
+    assert process is not None
+    return process
+
+
+def guardian_of(c: cluster.Cluster) -> psutil.Process:
+    return psutil.Process(c._broker._process.pid)
+
+
+def test_a_task_that_runs_while_the_broker_restarts_runs_once(tmp_path: Path, eventually):
+    """Its result arrives, on the same port, from the same worker; new tasks run as well."""
+    log, go = tmp_path / "log", tmp_path / "go"
+    with cluster.start(2, app=app) as c:
+        workers, port = c.workers, c._broker.endpoint.port
+        result = wait_for.delay(str(go), str(log))
+        waiting = [add.delay(i, 1) for i in range(20)]
+        eventually(log.exists, "the task runs")
+        server = server_of(c)
+        server.kill()
+        eventually(lambda: server_of(c).pid != server.pid, "the broker is restarted")
+        go.touch()
+        assert result.get(timeout=30) == "done"
+        assert [r.get(timeout=30) for r in waiting] == list(range(1, 21))
+        assert [add.delay(i, 2).get(timeout=30) for i in range(10)] == list(range(2, 12))
+        assert (c.workers, c._broker.endpoint.port) == (workers, port)
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["start", "end"]
+
+
+def test_a_task_that_ends_while_the_broker_is_away_runs_once(tmp_path: Path, eventually):
+    """Its result is stored and it is acknowledged once the broker is back."""
+    log, go = tmp_path / "log", tmp_path / "go"
+    with cluster.start(1, app=app) as c:
+        result = wait_for.delay(str(go), str(log))
+        eventually(log.exists, "the task runs")
+        guardian = guardian_of(c)
+        guardian.suspend()  # nobody restarts the broker until it goes on
+        server_of(c).kill()
+        go.touch()
+        eventually(lambda: "end" in log.read_text(), "the task has ended")
+        guardian.resume()
+        assert result.get(timeout=30) == "done"
+        assert add.delay(1, 1).get(timeout=30) == 2
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["start", "end"]
+
+
+def test_messages_wait_out_a_restart_while_nobody_runs_them(eventually):
+    """Queued tasks are in the append-only file."""
+    with cluster.start(0, app=app) as c:
+        for i in range(100):
+            add.delay(i, i)
+        server = server_of(c)
+        server.kill()
+        eventually(lambda: server_of(c).pid != server.pid, "the broker is restarted")
+        with app.connection_for_read() as connection:
+            assert connection.default_channel.client.llen("celery") == 100
+
+
+def test_a_lost_guardian_is_a_lost_broker(tmp_path: Path, eventually):
+    """Waiting callers and new calls raise BrokerLost at once; stop leaves nothing."""
+    with cluster.start(1, app=app) as c:
+        result = wait_for.delay(str(tmp_path / "never"), str(tmp_path / "log"))
+        server = server_of(c)
+        os.kill(guardian_of(c).pid, signal.SIGKILL)
+        with pytest.raises(cluster.BrokerLost, match="guardian process is gone"):
+            result.get(timeout=60)
+        eventually(lambda: c.state is State.FAILED, "the state says so")
+        eventually(lambda: not server.is_running(), "the server was ended")
+        with pytest.raises(cluster.BrokerLost):
+            add.delay(1, 1)
+        with pytest.raises(cluster.BrokerLost):
+            c.wait_for_workers(2, timeout=60)
+
+
+def test_a_broker_that_dies_again_and_again_is_given_up(tmp_path: Path):
+    """After a few restarts in a short time BrokerLost says why, and nobody waits for ever."""
+    with cluster.start(1, app=app) as c:
+        result = wait_for.delay(str(tmp_path / "never"), str(tmp_path / "log"))
+
+        def kill_again() -> None:
+            if server_of(c).is_running():
+                server_of(c).kill()
+
+        for _ in range(300):
+            kill_again()
+            try:
+                result.get(timeout=0.1)
+            except cluster.BrokerLost as error:
+                assert "again and again" in str(error)
+                break
+            except TimeoutError:
+                continue
+        else:
+            pytest.fail("the broker was restarted for ever")

@@ -1,0 +1,300 @@
+"""``cluster.start`` on this machine, as a user meets it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from sampleapp import add, app, wait_for, where
+
+import cluster
+from cluster.model import Phase, State
+
+
+def test_the_five_lines_give_results_and_leave_the_app_as_it_was():
+    """start → delay → get, with N distinct workers; afterwards the configuration is the same."""
+    before = dict(app.conf)
+    with cluster.start(2, app=app) as c:
+        assert c.state is State.READY
+        assert len(set(c.workers)) == 2
+        assert c.app is app
+        assert c.launcher.name == "local"
+        results = [add.delay(i, i) for i in range(50)]
+        assert sum(result.get(timeout=30) for result in results) == 2450
+        assert {where.delay().get(timeout=30)[0] for _ in range(20)} <= set(c.workers)
+    assert c.state is State.STOPPED
+    assert c.workers == ()
+    assert dict(app.conf) == before
+    assert app.backend_cls is None
+
+
+def test_what_a_cluster_says_of_itself_is_true_and_keeps_its_secret(capsys):
+    """repr, status and logs name the workers and never the password."""
+    with cluster.start(2, app=app) as c:
+        status = c.status()
+        assert status.state is State.READY
+        assert [worker.node for worker in status.workers if worker.ready] == list(c.workers)
+        assert all(worker.status.phase is Phase.RUNNING for worker in status.workers)
+        assert str(status).count("ready") == 4  # the state, the count, two workers
+        assert set(c.logs()) == {worker.id for worker in status.workers}
+        assert set(c.logs(c.workers[0])) == {status.workers[0].id}
+        with pytest.raises(cluster.ConfigurationError, match="no worker 'nobody'"):
+            c.logs("nobody")
+        password = app.conf.broker_url.split(":")[2].split("@")[0]
+        secret = c._broker.endpoint.secret
+        said = f"{c!r} {status} {status!r} {c._broker.endpoint!r} {capsys.readouterr()}"
+        assert password not in said
+        assert secret not in said
+        arguments = [" ".join(process.cmdline()) for process in _family()]
+        assert not any(password in line or secret in line for line in arguments)
+    with pytest.raises(cluster.StateError, match="no logs any more"):
+        c.logs()
+
+
+def _family():
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def test_no_workers_is_a_broker_alone():
+    """start(0) is legal, and waiting for a worker says at once that none will come."""
+    with cluster.start(0, app=app) as c:
+        assert c.workers == ()
+        result = add.delay(1, 2)
+        assert result.state == "PENDING"
+        with pytest.raises(cluster.WorkersNotReady) as caught:
+            c.wait_for_workers(1, timeout=30)
+        assert (caught.value.ready, caught.value.wanted) == (0, 1)
+    with pytest.raises(cluster.ClusterError, match="has been stopped"):
+        result.get(timeout=30)
+
+
+def test_a_second_start_on_a_bound_app_is_refused_and_works_after_stop():
+    with cluster.start(0, app=app):
+        with pytest.raises(cluster.StateError, match="belongs to a cluster"):
+            cluster.start(0, app=app)
+    with cluster.start(1, app=app):
+        assert add.delay(1, 2).get(timeout=30) == 3
+
+
+def test_stop_is_idempotent_and_a_waiting_get_raises(tmp_path: Path):
+    """Whoever waits for a result in another thread is told, too."""
+    c = cluster.start(1, app=app)
+    result = wait_for.delay(str(tmp_path / "never"), str(tmp_path / "log"))
+    caught: list[BaseException] = []
+    waiting = threading.Event()
+
+    def wait() -> None:
+        waiting.set()
+        try:
+            result.get(timeout=60)
+        except cluster.ClusterError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    waiting.wait()
+    c.stop(timeout=0)
+    c.stop()
+    thread.join(10)
+    assert [type(error) for error in caught] == [cluster.ClusterError]
+    with pytest.raises(cluster.StateError):
+        c.wait_for_workers(1)
+
+
+def test_running_tasks_may_finish_within_the_grace(tmp_path: Path, eventually):
+    """stop() takes nothing new but lets what runs come to its end."""
+    log, go = tmp_path / "log", tmp_path / "go"
+    c = cluster.start(1, app=app)
+    wait_for.delay(str(go), str(log))
+    eventually(log.exists, "the task runs")
+    thread = threading.Thread(target=c.stop, args=(30,))
+    thread.start()
+    eventually(lambda: c.state is State.STOPPING, "the stop has begun")
+    go.touch()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert log.read_text().splitlines()[-1] == "end"
+
+
+def test_concurrency_runs_tasks_side_by_side(tmp_path: Path, eventually):
+    """One worker with two processes has two tasks running at once."""
+    logs, go = [tmp_path / "1", tmp_path / "2"], tmp_path / "go"
+    with cluster.start(1, app=app, concurrency=2):
+        results = [wait_for.delay(str(go), str(log)) for log in logs]
+        eventually(lambda: all(log.exists() for log in logs), "both run")
+        go.touch()
+        assert [result.get(timeout=30) for result in results] == ["done", "done"]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+SCRIPT = """
+import sys
+import cluster
+from celery import Celery
+
+app = Celery("demo")
+
+@app.task
+def square(x):
+    return x * x
+
+if __name__ == "__main__":
+    with cluster.start(2) as c:
+        results = [square.delay(i) for i in range(100)]
+        print(sum(r.get(timeout=30) for r in results), square.name, *sys.argv[1:])
+"""
+
+
+def test_tasks_in_the_script_itself(tmp_path: Path, run_script):
+    """python script.py, with arguments; nothing is left beside the script."""
+    script = write(tmp_path / "demo.py", SCRIPT)
+    done = run_script(script, "--and", "more", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "328350 demo.square --and more\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.py"]
+
+
+def test_tasks_in_a_module_run_with_m(tmp_path: Path, run_script):
+    """python -m package.module, which imports from its package."""
+    package = tmp_path / "pkg"
+    package.mkdir()
+    write(package / "__init__.py", "")
+    write(package / "helper.py", "from celery import Celery\napp = Celery('demo')\n")
+    text = SCRIPT.replace("from celery import Celery\n", "from .helper import app\n")
+    write(package / "mod.py", text.replace('app = Celery("demo")\n', ""))
+    done = run_script("-m", "pkg.mod", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "328350 demo.square\n"
+
+
+def test_tasks_in_a_module_beside_the_script(tmp_path: Path, run_script):
+    write(
+        tmp_path / "tasks.py",
+        "from celery import Celery\napp = Celery('t')\n@app.task\ndef one(): return 1\n",
+    )
+    script = write(
+        tmp_path / "main.py",
+        "import cluster, tasks\n"
+        "if __name__ == '__main__':\n"
+        "    with cluster.start(1): print(tasks.one.delay().get(timeout=30))\n",
+    )
+    done = run_script(script)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_tasks_on_standard_input_are_refused(run_script):
+    """No worker can import them; said before anything is launched."""
+    done = run_script("-c", SCRIPT)
+    assert done.returncode == 1
+    assert "Put them into a file" in done.stderr
+    assert "Starting a broker" not in done.stderr
+
+
+def test_a_script_without_a_guard_starts_no_cluster_in_its_workers(tmp_path: Path, run_script):
+    script = write(tmp_path / "bare.py", SCRIPT.replace('if __name__ == "__main__":', "if True:"))
+    done = run_script(script)
+    assert done.returncode == 1
+    assert "called inside a worker" in done.stderr
+    assert "WorkersNotReady" in done.stderr
+
+
+FAILS_IN_A_WORKER = """
+import sys
+from celery import Celery
+app = Celery("fails")
+@app.task
+def one(): return 1
+if "cluster.worker" in sys.orig_argv:
+    raise RuntimeError("no licence for the workers")
+"""
+
+
+def test_an_app_that_a_worker_cannot_import_ends_the_start_early(module):
+    """With the worker's traceback, long before the time-out, and without a replacement."""
+    name = module("fails", FAILS_IN_A_WORKER)
+    with pytest.raises(cluster.WorkersNotReady) as caught:
+        cluster.start(2, app=f"{name}:app", timeout=600)
+    error = caught.value
+    assert isinstance(error, TimeoutError)
+    assert "RuntimeError: no licence for the workers" in str(error)
+    assert (error.ready, error.wanted, error.minimum) == (0, 2, 2)
+    # One failed for good is enough to know; the other may not have got that far.
+    assert 1 <= sum(status.exit_code == 84 for status in error.statuses.values()) <= 2
+    assert len(error.statuses) == 2
+
+
+ONE_FAILS = """
+import os, sys
+from celery import Celery
+app = Celery("onefails")
+@app.task
+def one(): return 1
+if "cluster.worker" in sys.orig_argv:
+    os.mkdir({path!r})  # the second one can't
+"""
+
+
+def test_the_minimum_is_enough_and_said(module, tmp_path: Path):
+    """With one of two workers lost for good, the start goes on with the other and warns."""
+    name = module("onefails", ONE_FAILS.format(path=str(tmp_path / "first")))
+    with (
+        pytest.warns(RuntimeWarning, match="Only 1 of 2 workers"),
+        cluster.start(2, minimum=1, app=f"{name}:app") as c,
+    ):
+        assert len(c.workers) == 1
+        assert sys.modules[name].one.delay().get(timeout=30) == 1
+
+
+HANGS = """
+import sys, threading
+from celery import Celery
+app = Celery("hangs")
+if "cluster.worker" in sys.orig_argv:
+    print("waiting for godot", flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_a_worker_that_never_gets_ready_ends_at_the_deadline(module):
+    """The error shows how the workers are and what they wrote."""
+    name = module("hangs", HANGS)
+    with pytest.raises(cluster.WorkersNotReady, match="waiting for godot") as caught:
+        cluster.start(1, app=f"{name}:app", timeout=2)
+    assert caught.value.elapsed >= 2
+    [status] = caught.value.statuses.values()
+    assert status.phase is Phase.RUNNING
+
+
+DIES = """
+import os, sys
+from celery import Celery
+from celery.signals import worker_init
+app = Celery("dies")
+@worker_init.connect
+def die(**_):
+    os._exit(7)
+"""
+
+
+def test_workers_that_die_as_they_start_are_replaced_a_few_times_only(module):
+    name = module("dies", DIES)
+    with pytest.raises(cluster.WorkersNotReady) as caught:
+        cluster.start(1, app=f"{name}:app", timeout=600)
+    assert [status.exit_code for status in caught.value.statuses.values()] == [7, 7, 7, 7]
+
+
+def test_environment_overrides_are_set_aside_and_come_back(monkeypatch):
+    """CELERY_BROKER_URL beats an app's configuration; not while a cluster runs."""
+    monkeypatch.setenv("CELERY_BROKER_URL", "amqp://nowhere:1//")
+    with cluster.start(1, app=app):
+        assert add.delay(2, 2).get(timeout=30) == 4
+    assert os.environ["CELERY_BROKER_URL"] == "amqp://nowhere:1//"
