@@ -205,6 +205,7 @@ class Cluster:
     def __init__(self, plan: _Plan) -> None:
         self._plan = plan
         self._id = secrets.token_hex(4)
+        self._pid = os.getpid()
         self._state = State.NEW
         self._broker: Broker | None = None
         self._binding: Binding | None = None
@@ -491,10 +492,14 @@ class Cluster:
         Args:
             timeout: seconds for running tasks.
         """
+        if os.getpid() != self._pid:
+            return  # a forked process's copy: the cluster isn't its to stop
         with self._stop_lock:
             if self._state is State.STOPPED:
                 return
-            if self._state is not State.STOPPING:
+            if self._state is State.STOPPING:
+                timeout = 0  # an earlier call was interrupted: somebody is in a hurry
+            else:
                 self._go(State.STOPPING)
             # Each step can be repeated: one that Ctrl-C interrupts is done
             # again when the interpreter ends.
@@ -516,6 +521,7 @@ class Cluster:
             announce_over(self._client, timeout)
         except CONNECTION_ERRORS as error:
             logger.warning("The workers can't be told to leave (%s); ending them.", error)
+            timeout = -EXIT_ALLOWANCE
         # Meanwhile: it may be in the middle of a turn.
         supervisor.end()
         launcher, roster = self.launcher, supervisor.roster

@@ -8,20 +8,13 @@ import os
 import secrets
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import psutil
 import pytest
+from tools import GONE_WITHIN, MARK, Traces, descriptors_of, wait_until
 
 from cluster.settings import CELERY_OVERRIDES
-
-#: Every process that a test starts, and theirs, has this variable with the test's own value.
-MARK = "CLUSTER_TEST_MARK"
-
-#: Seconds in which everything must be gone.
-GONE_WITHIN = 5.0
 
 
 @pytest.fixture(autouse=True)
@@ -40,35 +33,14 @@ def eventually() -> Callable[..., None]:
     return wait_until
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 20.0) -> None:
-    """Return as soon as ``condition()`` is true; fail, saying ``what``, after ``timeout`` s."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout:.0f} s in vain: {what}")
-        time.sleep(0.02)
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """The living processes, this one aside, that carry the mark."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return [process for process in found if process.is_running()]
-
-
 @pytest.fixture
 def nothing_left(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
     caplog: pytest.LogCaptureFixture,
-) -> Iterator[str]:
+) -> Iterator[Traces]:
     """After the test: no process, listening socket, descriptor, thread or temporary file more
-    than before. Yields the mark that the test's processes carry."""
+    than before. Yields how they are known."""
     mark = secrets.token_hex(8)
     directory = tmp_path_factory.mktemp("tmp")
     monkeypatch.setenv(MARK, mark)
@@ -76,9 +48,10 @@ def nothing_left(
     monkeypatch.setattr(tempfile, "tempdir", None)
     me = psutil.Process()
     threads = set(threading.enumerate())
-    descriptors = set(_descriptors(me))
-    yield mark
-    check_nothing_left(mark, directory)
+    descriptors = set(descriptors_of(me))
+    traces = Traces(mark, directory)
+    yield traces
+    traces.check_gone()
     wait_until(
         lambda: set(threading.enumerate()) <= threads,
         f"threads are left: {set(threading.enumerate()) - threads}",
@@ -88,34 +61,5 @@ def nothing_left(
     # those connections; which hang together in cycles besides.
     caplog.get_records("call").clear()
     gc.collect()
-    more = set(_descriptors(me)) - descriptors
+    more = set(descriptors_of(me)) - descriptors
     assert not more, f"descriptors are left: {more}"
-
-
-def check_nothing_left(mark: str, directory: Path) -> None:
-    """No process carries the mark (and so none of their sockets is open), no file is left."""
-    deadline = time.monotonic() + GONE_WITHIN
-    while left := marked(mark):
-        if time.monotonic() > deadline:
-            described = [f"{process.pid} {' '.join(process.cmdline())}" for process in left]
-            for process in left:
-                process.kill()
-            pytest.fail(f"processes are left: {described}")
-        time.sleep(0.02)
-    wait_until(lambda: not list(directory.iterdir()), f"files are left in {directory}", GONE_WITHIN)
-
-
-def _descriptors(process: psutil.Process) -> list[str]:
-    """The open descriptors of this process that stand for something outside it."""
-    root = Path("/proc/self/fd")
-    if not root.is_dir():  # macOS: sockets and files are what psutil can tell
-        return [str(connection) for connection in process.net_connections()]
-    found = []
-    for entry in root.iterdir():
-        try:
-            target = os.readlink(entry)
-        except FileNotFoundError:
-            continue  # the descriptor of the listing itself
-        if target.startswith(("socket:", "pipe:", "/tmp")):
-            found.append(target)
-    return found

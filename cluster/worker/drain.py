@@ -7,9 +7,6 @@ wait_for_soft_shutdown). Here the event loop goes on until the end.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 import time
 from typing import Any
 
@@ -19,6 +16,7 @@ from celery.worker import state
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.transport import current_ledger, stop_taking
 from cluster.worker.processes import end_now
+from cluster.worker.wake import Wake
 
 logger = get_logger(__name__)
 
@@ -33,13 +31,10 @@ class Drain:
     """The worker's way out; it is taken once."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._hub: Any = None
         self._code: int | None = None
         self._until = float("inf")
-        # A signal handler and the watchdog's thread wake the loop through it.
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
+        self._wake = Wake()
 
     @property
     def overdue(self) -> int | None:
@@ -49,7 +44,7 @@ class Drain:
     def attach(self, hub: Any) -> None:
         """Use the worker's event loop, from now on."""
         self._hub = hub
-        hub.add_reader(self._wake_read, self._on_wake)
+        self._wake.attach(hub, self._on_wake)
 
     def begin(self, code: int, grace: float) -> None:
         """Leave. From any thread or a signal handler; a later call can only shorten the grace.
@@ -62,11 +57,9 @@ class Drain:
         if self._code is None:
             self._code = code
         self._until = min(self._until, until)
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"x")
+        self._wake()
 
     def _on_wake(self) -> None:
-        os.read(self._wake_read, 64)
         stop_taking()
         self._look()
 

@@ -18,7 +18,8 @@ from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.registration import encode
 from cluster.wire.scripts import Scripts
 from cluster.worker.drain import Drain
-from cluster.worker.processes import end_now
+from cluster.worker.processes import end_now, reset_in_children
+from cluster.worker.wake import Wake
 from cluster.worker.watchdog import Watchdog
 
 logger = get_logger(__name__)
@@ -63,7 +64,15 @@ class Membership:
         hub.call_soon(hub.call_soon, self._announce)
 
     def _listen_for_orders(self) -> None:
-        self._drain.attach(self._worker.hub)
+        hub = self._worker.hub
+        self._drain.attach(hub)
+        # Celery looks when the child's end of a pipe closes, which is a moment
+        # before it can be told dead, and then again after five seconds
+        # (celery/concurrency/asynpool.py, _event_process_exit).
+        look_after_children = Wake()
+        look_after_children.attach(hub, self._worker.pool._pool.maintain_pool)
+        reset_in_children(signal.SIGCHLD)
+        signal.signal(signal.SIGCHLD, look_after_children)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 

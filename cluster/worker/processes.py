@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from typing import NoReturn
 
@@ -40,6 +41,11 @@ def _after_fork_in_child() -> None:
     if _write_end != -1:
         os.close(_write_end)
         _write_end = -1
+
+
+def reset_in_children(number: signal.Signals) -> None:
+    """A handler that the main process has for this signal isn't for those it forks."""
+    os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_DFL))
 
 
 def begin_child(**_: object) -> None:

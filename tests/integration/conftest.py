@@ -9,18 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tools import Traces
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks(nothing_left: str) -> None:
-    """Around every test here."""
-
-
-@pytest.fixture
-def mark(nothing_left: str) -> str:
-    """What all processes of the test carry."""
+def traces(nothing_left: Traces) -> Traces:
+    """Around every test here: what it started must be gone at its end."""
     return nothing_left
 
 

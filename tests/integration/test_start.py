@@ -74,9 +74,11 @@ def test_no_workers_is_a_broker_alone():
 
 
 def test_a_second_start_on_a_bound_app_is_refused_and_works_after_stop():
-    with cluster.start(0, app=app):
-        with pytest.raises(cluster.StateError, match="belongs to a cluster"):
-            cluster.start(0, app=app)
+    with (
+        cluster.start(0, app=app),
+        pytest.raises(cluster.StateError, match="belongs to a cluster"),
+    ):
+        cluster.start(0, app=app)
     with cluster.start(1, app=app):
         assert add.delay(1, 2).get(timeout=30) == 3
 
@@ -246,10 +248,9 @@ if "cluster.worker" in sys.orig_argv:
 def test_the_minimum_is_enough_and_said(module, tmp_path: Path):
     """With one of two workers lost for good, the start goes on with the other and warns."""
     name = module("onefails", ONE_FAILS.format(path=str(tmp_path / "first")))
-    with (
-        pytest.warns(RuntimeWarning, match="Only 1 of 2 workers"),
-        cluster.start(2, minimum=1, app=f"{name}:app") as c,
-    ):
+    with pytest.warns(RuntimeWarning, match="Only 1 of 2 workers"):
+        c = cluster.start(2, minimum=1, app=f"{name}:app")
+    with c:
         assert len(c.workers) == 1
         assert sys.modules[name].one.delay().get(timeout=30) == 1
 
