@@ -193,8 +193,13 @@ def locate(app: celery.Celery) -> AppRef:
 
 
 def _is_local(task: celery.Task[Any, Any]) -> bool:
-    """Whether importing the task's module doesn't define it."""
-    return "<locals>" in getattr(task.run, "__qualname__", "")
+    """Whether importing the task's module doesn't define it. Celery's own are so, too."""
+    local = "<locals>" in getattr(task.run, "__qualname__", "")
+    return local and not _is_celerys(type(task).__module__)
+
+
+def _is_celerys(module: str) -> bool:
+    return module.startswith("celery.")
 
 
 def _holders(app: celery.Celery) -> Iterator[tuple[str, str]]:
@@ -222,7 +227,7 @@ def _task_modules(app: celery.Celery) -> set[str]:
     found = set()
     for name in {type(task).__module__ for task in app.tasks.values()}:
         module = sys.modules.get(name)
-        if module is None or name.startswith("celery."):
+        if module is None or _is_celerys(name):
             continue
         # By type(): asking a stand-in for its __class__ would make it find its app.
         apps = [value for value in vars(module).values() if issubclass(type(value), celery.Celery)]

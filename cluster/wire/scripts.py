@@ -49,6 +49,16 @@ local function give_back(entry, returns, given_up, most, node, where, counted)
 end
 """
 
+# The numbers in a node's hash, the last hand-out first: given back to the front
+# of their queues in this order, the oldest is next again.
+_NUMBERS = """
+local function numbers_of(hash)
+  local numbers = redis.call('HKEYS', hash)
+  table.sort(numbers, function(a, b) return tonumber(a) > tonumber(b) end)
+  return numbers
+end
+"""
+
 #: Hand out the next message. KEYS: fence, the node's hash, counter, returns,
 #: then the lists by priority and queue, then each queue's wake list.
 #: ARGV: node, how many lists, how many queues.
@@ -109,11 +119,12 @@ return 1
 RECONCILE = (
     _FENCE
     + _GIVE_BACK
+    + _NUMBERS
     + """
 local known = {}
 for i = 2, #ARGV do known[ARGV[i]] = true end
 local lost = 0
-for _, number in ipairs(redis.call('HKEYS', KEYS[2])) do
+for _, number in ipairs(numbers_of(KEYS[2])) do
   if not known[number] then
     local entry = redis.call('HGET', KEYS[2], number)
     redis.call('HDEL', KEYS[2], number)
@@ -131,11 +142,11 @@ return lost
 #: Returns how many messages it held, or -1 if it was fenced before.
 RELEASE = (
     _GIVE_BACK
+    + _NUMBERS
     + """
 redis.call('HDEL', KEYS[5], ARGV[1])
 if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[3]) == 0 then return -1 end
-local numbers = redis.call('HKEYS', KEYS[2])
-table.sort(numbers, function(a, b) return tonumber(a) > tonumber(b) end)
+local numbers = numbers_of(KEYS[2])
 for _, number in ipairs(numbers) do
   give_back(redis.call('HGET', KEYS[2], number), KEYS[3], KEYS[4],
             tonumber(ARGV[2]), ARGV[1], 'front', ARGV[4] == '1')

@@ -1,0 +1,224 @@
+"""The hand-out scripts against a model, on a real server: no message is ever lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.exceptions import ResponseError
+from tools import wait_until
+
+from cluster.broker.guardian import free_port
+from cluster.broker.server import configuration, find_server, write_configuration
+from cluster.wire import keys
+from cluster.wire.scripts import Scripts, is_fenced, is_taken
+
+QUEUES = ("celery", "other")
+MOST = 3
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    """A server without a guardian."""
+    directory = tmp_path_factory.mktemp("server")
+    port = free_port("127.0.0.1")
+    config = configuration(
+        host="127.0.0.1", port=port, password="pw", directory=str(directory), workers=1
+    )
+    program = find_server(os.environ.get("CLUSTER_BROKER_SERVER", "")).path
+    with (directory / "log").open("wb") as log:
+        server = subprocess.Popen([program, "-"], stdin=subprocess.PIPE, stdout=log, stderr=log)
+    assert server.stdin is not None
+    with server.stdin as stdin:
+        stdin.write(write_configuration(config).encode())
+    made = redis.Redis(host="127.0.0.1", port=port, password="pw")
+
+    def answers() -> bool:
+        try:
+            return bool(made.ping())
+        except redis.exceptions.ConnectionError:
+            return False
+
+    wait_until(answers, "the server answers")
+    yield made
+    made.close()
+    server.kill()
+    server.wait()
+
+
+class HandOut(RuleBasedStateMachine):
+    """Nodes take, settle and die; the dead try to go on, and new ones come."""
+
+    client: redis.Redis
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client.flushall()
+        self.scripts = Scripts(self.client)
+        self.queues: dict[str, list[bytes]] = {queue: [] for queue in QUEUES}  # first: next
+        self.holds: dict[str, dict[int, tuple[str, bytes]]] = {}  # of those that live
+        self.dead: dict[str, list[int]] = {}  # and what they once held
+        self.returns: dict[bytes, int] = {}
+        self.given_up: list[bytes] = []
+        self.published = 0
+
+    # -- what happens ---------------------------------------------------------
+
+    @initialize(count=st.integers(1, 3))
+    def begin(self, count: int) -> None:
+        for _ in range(count):
+            self.boot()
+
+    @precondition(lambda self: len(self.holds) < 3)
+    @rule()
+    def boot(self) -> None:
+        node = f"node{len(self.holds) + len(self.dead)}@h"
+        self.scripts.register(node, f"registration of {node}")
+        with pytest.raises(ResponseError) as caught:
+            self.scripts.register(node, "a second one")
+        assert is_taken(caught.value)
+        self.holds[node] = {}
+
+    @rule(queue=st.sampled_from(QUEUES), count=st.integers(1, 5))
+    def publish(self, queue: str, count: int) -> None:
+        for _ in range(count):
+            self.published += 1
+            raw = f"message {self.published}".encode()
+            self.client.lpush(queue, raw)
+            self.client.lpush(keys.wake(queue), "1")
+            self.queues[queue].append(raw)
+
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data(), order=st.permutations(QUEUES), count=st.integers(1, 4))
+    def take(self, data: st.DataObject, order: list[str], count: int) -> None:
+        node = self.some_node(data)
+        for _ in range(count):
+            reply = self.scripts.take(node, order, order)
+            expected = next((queue for queue in order if self.queues[queue]), None)
+            if expected is None:
+                assert reply == len(self.holds[node])
+                assert not any(self.client.exists(keys.wake(queue)) for queue in order)
+                return
+            assert isinstance(reply, list)
+            source, number, returned, raw = reply
+            assert source.decode() == expected
+            assert raw == self.queues[expected].pop(0)
+            assert returned == self.returns.get(raw, 0)
+            self.holds[node][number] = (expected, raw)
+
+    @precondition(lambda self: any(self.holds.values()))
+    @rule(data=st.data())
+    def acknowledge(self, data: st.DataObject) -> None:
+        node, number = self.some_message(data)
+        self.scripts.ack(node, number)
+        self.scripts.ack(node, number)  # repeated after a lost connection: harmless
+        _, raw = self.holds[node].pop(number)
+        self.returns.pop(raw, None)
+
+    @precondition(lambda self: any(self.holds.values()))
+    @rule(data=st.data(), died=st.booleans())
+    def reject(self, data: st.DataObject, died: bool) -> None:
+        node, number = self.some_message(data)
+        self.scripts.reject(node, number, died=died, most=MOST)
+        self.scripts.reject(node, number, died=died, most=MOST)
+        self.give_back(self.holds[node].pop(number), front=False, counted=died)
+
+    @precondition(lambda self: any(self.holds.values()))
+    @rule(data=st.data())
+    def reconcile(self, data: st.DataObject) -> None:
+        node = self.some_node(data)
+        known = [number for number in self.holds[node] if data.draw(st.booleans())]
+        lost = set(self.holds[node]) - set(known)
+        assert self.scripts.reconcile(node, known) == len(lost)
+        # The oldest is next in its queue, as if it had never been handed out.
+        for number in sorted(lost, reverse=True):
+            self.give_back(self.holds[node].pop(number), front=True, counted=False)
+
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data(), died=st.booleans())
+    def release(self, data: st.DataObject, died: bool) -> None:
+        node = self.some_node(data)
+        held = self.holds.pop(node)
+        assert self.scripts.release(node, "it is gone", died=died, most=MOST) == len(held)
+        assert self.scripts.release(node, "once more", died=died, most=MOST) == -1
+        for number in sorted(held, reverse=True):
+            self.give_back(held[number], front=True, counted=died)
+        self.dead[node] = list(held)
+
+    @precondition(lambda self: self.dead)
+    @rule(data=st.data())
+    def come_back(self, data: st.DataObject) -> None:
+        """A node that was declared dead changes nothing, whatever it tries."""
+        node = data.draw(st.sampled_from(sorted(self.dead)))
+        number = data.draw(st.sampled_from(self.dead[node] or [1]))
+        for step in (
+            lambda: self.scripts.take(node, QUEUES, QUEUES),
+            lambda: self.scripts.ack(node, number),
+            lambda: self.scripts.reject(node, number, died=True, most=MOST),
+            lambda: self.scripts.reconcile(node, []),
+            lambda: self.scripts.register(node, "again"),
+        ):
+            with pytest.raises(ResponseError) as caught:
+                step()
+            assert is_fenced(caught.value)
+
+    # -- the model ------------------------------------------------------------
+
+    def some_node(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.holds)))
+
+    def some_message(self, data: st.DataObject) -> tuple[str, int]:
+        held = [(node, number) for node, numbers in self.holds.items() for number in numbers]
+        return data.draw(st.sampled_from(held))
+
+    def give_back(self, entry: tuple[str, bytes], *, front: bool, counted: bool) -> None:
+        queue, raw = entry
+        if counted:
+            self.returns[raw] = self.returns.get(raw, 0) + 1
+            if self.returns[raw] >= MOST:
+                del self.returns[raw]
+                self.given_up.append(raw)
+                return
+        self.queues[queue].insert(0 if front else len(self.queues[queue]), raw)
+
+    @invariant()
+    def each_message_is_where_the_model_has_it(self) -> None:
+        for queue, messages in self.queues.items():
+            assert self.client.lrange(queue, 0, -1)[::-1] == messages
+            if messages:
+                assert self.client.llen(keys.wake(queue)), "somebody must be woken for these"
+        for node, held in self.holds.items():
+            assert {int(n) for n in self.client.hkeys(keys.unacked(node))} == set(held)
+        listed = [json.loads(entry) for entry in self.client.lrange(keys.GIVEN_UP, 0, -1)]
+        assert [entry["message"].encode() for entry in listed][::-1] == self.given_up
+        assert {node.decode() for node in self.client.hkeys(keys.FENCED)} == set(self.dead)
+        assert {node.decode() for node in self.client.hkeys(keys.WORKERS)} == set(self.holds)
+        assert self.client.hlen(keys.RETURNS) == len(self.returns)
+
+
+def test_no_message_is_lost_or_doubled(client: redis.Redis):
+    """Whatever the order of publishing, taking, settling, dying and coming back."""
+    HandOut.client = client
+    run_state_machine_as_test(
+        HandOut,
+        settings=settings(
+            max_examples=50,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

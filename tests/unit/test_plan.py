@@ -1,0 +1,127 @@
+"""Bad input is refused with what to do about it, before anything is started."""
+
+from __future__ import annotations
+
+import pytest
+from celery import Celery
+
+import cluster
+from cluster import manager
+from cluster.launchers import base
+from cluster.launchers.local import LocalLauncher, LocalOptions
+from cluster.model import Finding, Severity
+from cluster.wire import identity
+
+app = Celery("planned")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch):
+    """Starting a broker would be too late for any of these."""
+
+    def started(*_, **__):
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(manager, "Broker", started)
+
+
+BAD = {
+    "workers negative": ({"workers": -1}, "workers=-1: give a whole number, 0 or more"),
+    "workers a float": ({"workers": 2.0}, "workers=2.0: give a whole number"),
+    "workers a string": ({"workers": "4"}, "workers='4': give a whole number"),
+    "workers a bool": ({"workers": True}, "workers=True: give a whole number"),
+    "minimum negative": ({"workers": 2, "minimum": -1}, "minimum=-1: give a whole number"),
+    "minimum above workers": ({"workers": 2, "minimum": 3}, "minimum=3 is more than workers=2"),
+    "timeout zero": ({"timeout": 0}, "timeout=0: give a number of seconds above 0"),
+    "timeout negative": ({"timeout": -5}, "seconds above 0"),
+    "timeout nan": ({"timeout": float("nan")}, "seconds above 0"),
+    "timeout a string": ({"timeout": "60"}, "seconds above 0"),
+    "launcher unknown": ({"launcher": "moon"}, "no launcher 'moon'. Available: .*local"),
+    "launcher a number": ({"launcher": 4}, "neither a launcher nor the name of one"),
+    "option unknown": ({"gpu": 1}, "there is no option 'gpu'. It takes concurrency"),
+    "option of the wrong kind": ({"concurrency": "many"}, "concurrency='many'"),
+    "option out of range": ({"concurrency": 0}, "concurrency=0: .*greater than or equal to 1"),
+    "options with a launcher": (
+        {"launcher": LocalLauncher(), "concurrency": 2},
+        "give options to the launcher's own constructor",
+    ),
+    "app no app": ({"app": 4}, "is no Celery app but int"),
+    "app no path": ({"app": "tasks"}, "is no import path"),
+    "app not there": ({"app": "no_such_module:app"}, "can't be imported: ModuleNotFoundError"),
+    "app without that name": ({"app": "cluster:nothing"}, "module cluster has no nothing"),
+    "app something else": ({"app": "cluster:start"}, "is no Celery app but function"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    arguments, message = BAD[case]
+    with pytest.raises(cluster.ConfigurationError, match=message):
+        cluster.start(**{"workers": 1, "app": app, **arguments})
+
+
+def test_in_a_worker_it_is_refused(monkeypatch):
+    monkeypatch.setattr(identity, "_node", "n1@h")
+    with pytest.raises(cluster.StateError, match=r"inside a worker \(n1@h\).*__main__"):
+        cluster.start(1, app=app)
+
+
+class Picky(LocalLauncher):
+    """A launcher whose preflight has something to say."""
+
+    def __init__(self, severity: Severity) -> None:
+        super().__init__()
+        self.severity = severity
+
+    def preflight(self, wanted, minimum):
+        return [Finding(self.severity, f"{wanted} of them, at least {minimum}")]
+
+
+def test_a_preflight_may_refuse_or_warn():
+    with pytest.raises(cluster.ConfigurationError, match="3 of them, at least 2"):
+        cluster.start(3, minimum=2, app=app, launcher=Picky(Severity.REFUSE))
+    with (
+        pytest.warns(RuntimeWarning, match="3 of them"),
+        pytest.raises(AssertionError, match="something was started"),
+    ):
+        cluster.start(3, app=app, launcher=Picky(Severity.WARN))
+
+
+def test_many_more_tasks_than_cpus_are_warned_of():
+    [finding] = LocalLauncher(LocalOptions(concurrency=1000)).preflight(1, 1)
+    assert finding.severity is Severity.WARN
+    assert LocalLauncher().preflight(1, 1) == []
+
+
+# -- which launcher ------------------------------------------------------------------
+
+
+def test_without_a_sign_it_is_local():
+    assert base.detect({}, "") == "local"
+
+
+def test_the_users_choice_comes_first():
+    assert base.detect({"AWS_BATCH_JOB_ID": "j"}, "local") == "local"
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"AWS_BATCH_JOB_ID": "j"}, "batch"),
+        ({"AWS_BATCH_JOB_ID": "j", "AWS_BATCH_JOB_NUM_NODES": "2"}, "multinode"),
+        ({"ECS_CONTAINER_METADATA_URI_V4": "http://x"}, "ecs"),
+        ({"AWS_BATCH_JOB_ID": "j", "ECS_CONTAINER_METADATA_URI_V4": "http://x"}, "batch"),
+    ],
+)
+def test_what_a_platform_sets_is_a_sign(environment, name, monkeypatch):
+    with pytest.raises(cluster.ConfigurationError, match=f"'{name}'.*Available: .*local"):
+        base.detect(environment, "")
+    monkeypatch.setattr(base, "available", lambda: {name: None})
+    assert base.detect(environment, "") == name
+
+
+def test_the_installed_launchers_are_launchers():
+    for name, point in base.available().items():
+        made = base.make(name, {})
+        assert isinstance(made, base.Launcher)
+        assert made.name == name == point.name

@@ -1,0 +1,278 @@
+"""The decisions: pure functions and data, told what time it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.broker import messages
+from cluster.broker.presence import Presence
+from cluster.model import (
+    TRANSITIONS,
+    ClusterStatus,
+    Endpoint,
+    Phase,
+    Registration,
+    State,
+    WorkerRef,
+    WorkerStatus,
+    WorkerView,
+)
+from cluster.readiness import Verdict, decide
+from cluster.replacement import READY_AT_LEAST, UNREADY, Replacements
+from cluster.restarts import Restarts
+from cluster.roster import Roster
+from cluster.wire import ending, exitcodes, identity, registration, secret
+from cluster.wire.exitcodes import ExitCode
+
+# -- readiness ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ready", "coming", "wanted", "minimum", "expired", "verdict"),
+    [
+        (0, 4, 4, 4, False, Verdict.WAIT),
+        (3, 1, 4, 2, False, Verdict.WAIT),  # the minimum is there, and more may come
+        (4, 0, 4, 4, False, Verdict.ALL),
+        (5, 0, 4, 4, False, Verdict.ALL),
+        (0, 0, 0, 0, False, Verdict.ALL),
+        (2, 2, 4, 2, True, Verdict.ENOUGH),
+        (1, 3, 4, 2, True, Verdict.TOO_FEW),
+        (2, 0, 4, 2, False, Verdict.ENOUGH),  # the others have failed for good
+        (2, 1, 4, 4, False, Verdict.TOO_FEW),  # the minimum can't be reached any more
+        (0, 0, 4, 1, False, Verdict.TOO_FEW),
+    ],
+)
+def test_readiness(ready, coming, wanted, minimum, expired, verdict):
+    found = decide(ready=ready, coming=coming, wanted=wanted, minimum=minimum, expired=expired)
+    assert found is verdict
+
+
+# -- restarts and replacements -------------------------------------------------------
+
+
+def test_restarts_come_with_growing_pauses_and_end():
+    restarts = Restarts(limit=4, window=10.0, first=0.1, longest=0.3)
+    assert [restarts.next(0.0) for _ in range(6)] == [0.0, 0.1, 0.2, 0.3, None, None]
+
+
+def test_old_restarts_are_forgotten():
+    restarts = Restarts(limit=1, window=10.0)
+    assert restarts.next(0.0) == 0.0
+    assert restarts.next(9.0) is None
+    assert restarts.next(10.0) == 0.0
+
+
+DIED = WorkerStatus(Phase.FAILED, final=True, exit_code=-9)
+HOPELESS = WorkerStatus(Phase.FAILED, final=True, retryable=False, exit_code=84)
+
+
+def test_a_worker_whose_successor_would_fail_alike_is_not_replaced():
+    assert Replacements(4).next(HOPELESS, was_ready=False, now=0.0) is None
+
+
+def test_workers_that_were_ready_are_replaced_more_often_than_others():
+    replacements = Replacements(1)
+    pauses = [replacements.next(DIED, was_ready=False, now=0.0) for _ in range(UNREADY + 1)]
+    assert None not in pauses[:-1] and pauses[-1] is None
+    pauses = [replacements.next(DIED, was_ready=True, now=0.0) for _ in range(READY_AT_LEAST + 1)]
+    assert None not in pauses[:-1] and pauses[-1] is None
+
+
+# -- presence ------------------------------------------------------------------------
+
+
+def test_a_worker_is_dead_when_missing_twice():
+    presence = Presence()
+    assert not presence.must_ask(2, 2)
+    assert presence.must_ask(2, 1)
+    assert presence.look({"a": 1, "b": 0}, 0.0) == set()
+    assert presence.must_ask(2, 2), "a suspicion is followed up, whatever the counts say"
+    assert presence.look({"a": 1, "b": 0}, 0.1) == {"b"}
+
+
+def test_a_worker_that_reconnects_at_once_is_forgiven():
+    presence = Presence()
+    presence.look({"a": 0}, 0.0)
+    assert presence.look({"a": 1}, 0.1) == set()
+    assert presence.look({"a": 0}, 0.2) == set()
+
+
+def test_after_a_restart_of_the_broker_all_may_come_back():
+    presence = Presence()
+    presence.broker_restarted(["a", "b"], return_by=10.0)
+    assert presence.must_ask(2, 0)
+    for now in (0.1, 0.2, 5.0):
+        assert presence.look({"a": 0, "b": 0}, now) == set()
+    assert presence.look({"a": 1, "b": 0}, 6.0) == set()
+    assert presence.look({"a": 0, "b": 0}, 6.1) == set(), "a is back, and missing for once"
+    assert presence.look({"a": 0, "b": 0}, 6.2) == {"a"}, "it has used its second chance"
+    assert presence.look({"b": 0}, 10.0) == set()
+    assert presence.look({"b": 0}, 10.1) == {"b"}, "out of time, and missing twice"
+
+
+# -- roster --------------------------------------------------------------------------
+
+
+def joined(node: str, worker: str) -> Registration:
+    return Registration(node=node, worker=worker, host="h", pid=1)
+
+
+def test_a_worker_on_its_way_through_the_roster():
+    roster, ref = Roster(), WorkerRef("w1", "local")
+    roster.launched([ref])
+    assert (roster.coming, roster.ready, roster.unanswered) == (1, (), ())
+    assert roster.starting == (ref,)
+    roster.joined(joined("n1@h", "w1"))
+    assert (roster.coming, roster.unanswered, roster.starting) == (1, ("n1@h",), ())
+    roster.answered(["n1@h", "stranger"])
+    assert (roster.coming, roster.ready, roster.unanswered) == (0, ("n1@h",), ())
+    assert roster.find("w1") == roster.find("n1@h") == ref
+    [seat] = roster.described({ref: DIED})
+    assert (seat.ref, seat.ready) == (ref, True)
+    assert roster.described({ref: DIED}) == [], "it is news only once"
+    assert (roster.coming, roster.ready, roster.unfinished) == (0, (), ())
+    assert [seat.ref for seat in roster.failed] == [ref]
+    assert roster.statuses == {ref: DIED}
+
+
+def test_a_worker_that_the_guardian_lost_is_gone_once():
+    roster, ref = Roster(), WorkerRef("w1")
+    roster.launched([ref])
+    roster.joined(joined("n1", "w1"))
+    roster.answered(["n1"])
+    assert roster.lost("n1") is not None
+    assert roster.lost("n1") is None
+    assert roster.ready == ()
+    assert roster.unfinished == (ref,), "its platform has yet to say that it ended"
+    assert roster.described({ref: DIED}) == [], "and that is no news either"
+    roster.answered(["n1"])
+    assert roster.ready == ()
+
+
+def test_a_stranger_takes_no_seat():
+    roster = Roster()
+    roster.joined(joined("n1", "unheard-of"))
+    roster.answered(["n1"])
+    assert roster.lost("n1") is None
+    assert roster.ready == ()
+
+
+def test_a_worker_that_left_when_told_has_not_failed():
+    roster, ref = Roster(), WorkerRef("w1")
+    roster.launched([ref])
+    roster.described({ref: WorkerStatus(Phase.EXITED, final=True, exit_code=0)})
+    assert roster.failed == ()
+
+
+# -- data ----------------------------------------------------------------------------
+
+
+def test_every_state_leads_to_the_end_and_nowhere_else():
+    assert set(TRANSITIONS) == set(State)
+    assert TRANSITIONS[State.STOPPED] == frozenset()
+    for state in (State.STARTING, State.READY, State.SCALING):
+        assert {State.STOPPING, State.FAILED} <= TRANSITIONS[state]
+    assert TRANSITIONS[State.FAILED] == {State.STOPPING}, "no failure without cleaning up"
+
+
+def test_a_status_prints_as_a_table():
+    status = ClusterStatus(
+        id="c0ffee",
+        state=State.READY,
+        launcher="local",
+        broker="127.0.0.1:7000",
+        wanted=2,
+        workers=(
+            WorkerView("w1", "n1@h", True, WorkerStatus(Phase.RUNNING, reason="process 1")),
+            WorkerView("worker2", "", False, WorkerStatus(Phase.PENDING)),
+        ),
+    )
+    assert str(status).splitlines() == [
+        "cluster c0ffee: ready, 1 of 2 workers ready (local, broker at 127.0.0.1:7000)",
+        "  w1       ready     process 1",
+        "  worker2  pending",
+    ]
+
+
+def test_no_repr_shows_the_secret():
+    value = secret.new_secret()
+    endpoint = Endpoint("127.0.0.1", 7000, value)
+    order = messages.Order("redis-server", "127.0.0.1", value, "/run", 4)
+    assert value not in repr(endpoint) + repr(order)
+    assert endpoint.address == "127.0.0.1:7000"
+
+
+def test_messages_come_through_as_they_were():
+    order = messages.Order("redis-server", "127.0.0.1", "00" * 32, "/run", 4)
+    assert messages.decode_order(messages.encode(order)) == order
+    for event in (
+        messages.Started(7000, 12),
+        messages.Failed("it ended", ("a", "b")),
+        messages.Restarted(13, "it ended with code -9"),
+        messages.Dead("n1@h", 3),
+    ):
+        line = messages.encode(event)
+        assert line.count(b"\n") == 1
+        assert messages.decode_event(line) == event
+
+
+# -- wire ----------------------------------------------------------------------------
+
+
+def test_secrets_differ_and_so_does_what_is_derived():
+    one, other = secret.new_secret(), secret.new_secret()
+    assert one != other and len(bytes.fromhex(one)) == 32
+    assert secret.password(one) == secret.password(one) != secret.password(other)
+    assert one not in secret.password(one)
+    assert secret.derive(one, "broker password") != secret.derive(one, "something else")
+    assert secret.broker_url("h", 1, one) == f"redis://:{secret.password(one)}@h:1/0"
+
+
+def test_exit_codes_are_the_table_and_explain_themselves():
+    assert {code.name: int(code) for code in ExitCode} == {
+        "LEFT": 0,
+        "PLATFORM_NOTICE": 81,
+        "ORPHANED": 82,
+        "FENCED": 83,
+        "IMPORT_FAILED": 84,
+        "VERSION_MISMATCH": 85,
+    }
+    assert all(exitcodes.explain(code) for code in ExitCode)
+    assert exitcodes.explain(-9) == "killed by SIGKILL"
+    assert exitcodes.explain(-99) == "killed by signal 99"
+    assert exitcodes.explain(3) == "exit code 3"
+
+
+def test_node_names_never_repeat():
+    names = {identity.new_node_name("local-1") for _ in range(100)}
+    assert len(names) == 100
+    assert all(name.startswith("local-1-") and name.count("@") == 1 for name in names)
+
+
+def test_a_fenced_node_outside_a_worker_raises_what_nobody_catches_by_mistake():
+    assert identity.current() is None
+    with pytest.raises(identity.Fenced, match="n1@h"):
+        identity.fenced("n1@h")
+    assert not issubclass(identity.Fenced, Exception)
+
+
+def test_the_managers_word_is_understood_and_no_other():
+    assert registration.grace_in(b"over 2.5") == 2.5
+    assert registration.grace_in("something else") is None
+    one = joined("n1@h", "w1")
+    assert registration.decode(registration.encode(one)) == one
+
+
+def test_an_ended_broker_is_named_by_its_first_reason():
+    import cluster
+
+    ending.check("no such password")
+    ending.end("p", cluster.BrokerLost("gone"))
+    ending.end("p", cluster.ClusterError("stopped"))
+    assert ending.has_ended("p")
+    raised = []
+    for _ in range(2):
+        with pytest.raises(cluster.BrokerLost, match="gone") as caught:
+            ending.check("p")
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]

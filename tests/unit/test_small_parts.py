@@ -1,0 +1,80 @@
+"""The parts around a process: its command, its environment, its log, its display."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import interpreter, leaving
+from cluster.logfile import last_lines
+from cluster.progress import Display
+
+
+def test_the_last_lines_of_a_log(tmp_path: Path):
+    log = tmp_path / "log"
+    assert last_lines(log, 5) == []
+    log.write_bytes(b"".join(b"line %d\n" % number for number in range(10_000)) + b"\xff")
+    assert last_lines(log, 3) == ["line 9998", "line 9999", "\ufffd"]
+    assert last_lines(log, 0) == []
+    assert len(last_lines(log, 100_000)) == 10_001
+
+
+def test_a_started_module_gets_our_search_path_and_gives_back_its_own(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/users/own")
+    monkeypatch.setattr(sys, "path", ["", "/a"])
+    given = interpreter.module_environment(interpreter.original_python_path())
+    assert given["PYTHONPATH"] == f"{Path.cwd()}:/a"
+    monkeypatch.setenv("PYTHONPATH", given["PYTHONPATH"])
+    monkeypatch.setenv("CLUSTER_PYTHONPATH", given["CLUSTER_PYTHONPATH"])
+    interpreter.restore_search_path("/x:/y")
+    assert sys.path == ["/x", "/y"]
+    assert os.environ["PYTHONPATH"] == "/users/own"
+    assert "CLUSTER_PYTHONPATH" not in os.environ
+
+
+def test_off_a_terminal_each_change_is_one_line(capsys):
+    with Display(None) as display:
+        for second in range(3):
+            display.show("1 of 2", timing=f"{second} s")
+        display.show("2 of 2 [not markup]")
+        display.say("all ready")
+    assert capsys.readouterr().err.splitlines() == ["1 of 2", "2 of 2 [not markup]", "all ready"]
+
+
+def test_without_progress_nothing_is_shown(capsys):
+    with Display(False) as display:
+        display.show("1 of 2")
+        display.say("all ready")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_left_at_exit_is_stopped_in_this_process_only(monkeypatch):
+    stopped = []
+    monkeypatch.setattr(leaving, "_stops", {})
+    leaving.add(1, lambda: stopped.append(1))
+    leaving.add(2, lambda: stopped.append(2))
+    leaving.remove(2)
+    leaving._stops[3] = (os.getpid() + 1, lambda: stopped.append(3))
+    leaving._stop_all()
+    assert stopped == [1]
+    leaving.remove(1)
+    leaving.remove(3)
+
+
+def test_sigterm_becomes_an_exit_while_a_cluster_lives(monkeypatch):
+    import signal
+
+    monkeypatch.setattr(leaving, "_stops", {})
+    before = signal.getsignal(signal.SIGTERM)
+    assert before is signal.SIG_DFL
+    leaving.add(1, lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "a second one can't interrupt that"
+    signal.signal(signal.SIGTERM, leaving._on_sigterm)
+    leaving.remove(1)
+    assert signal.getsignal(signal.SIGTERM) is before
