@@ -43,6 +43,11 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
 
     def _reconnect_pubsub(self) -> None:
         self.backend.check_open()
+        with self._locked():
+            # Celery forgets them as they are; all are broken, for the broker was away.
+            if self._pubsub is not None:
+                self._pubsub.close()
+            self.backend.client.connection_pool.disconnect()
         super()._reconnect_pubsub()
 
 

@@ -1,0 +1,193 @@
+"""What every launcher keeps to. One suite; a new launcher adds itself to ``LAUNCHERS``.
+
+The workers are real and so is the broker that they join.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import sampleapp
+from pydantic import BaseModel
+from tools import Traces, wait_until
+
+import cluster
+from cluster import __version__
+from cluster.binding import AppRef, locate
+from cluster.broker.broker import Broker
+from cluster.broker.server import find_server
+from cluster.launchers.base import Launcher, make
+from cluster.model import LauncherDefaults, Phase, Reach, WorkerRef, WorkerSpec
+from cluster.wire import keys
+from cluster.wire.registration import announce_over, decode
+from cluster.wire.secret import new_secret, password
+
+LAUNCHERS = ("local",)
+
+
+@pytest.fixture(params=LAUNCHERS)
+def launcher(request: pytest.FixtureRequest, nothing_left: Traces) -> Launcher:
+    return make(request.param, {})
+
+
+@pytest.fixture
+def broker(launcher: Launcher) -> Iterator[Broker]:
+    """Where this launcher's workers reach it."""
+    started = Broker(
+        find_server(os.environ.get("CLUSTER_BROKER_SERVER", "")),
+        host=launcher.reach().host,
+        secret=new_secret(),
+        directory=Path(tempfile.mkdtemp(prefix="contract-")),
+        workers=4,
+        on_event=lambda _: None,
+    )
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def client(broker: Broker) -> Iterator[redis.Redis]:
+    endpoint = broker.endpoint
+    with redis.Redis(
+        host=endpoint.host, port=endpoint.port, password=password(endpoint.secret)
+    ) as made:
+        yield made
+
+
+@pytest.fixture
+def spec_for(broker: Broker) -> Callable[[AppRef], WorkerSpec]:
+    def make_spec(ref: AppRef, cluster_id: str = "c0ffee") -> WorkerSpec:
+        return WorkerSpec(
+            cluster_id=cluster_id,
+            directory=broker._directory,
+            environment={
+                "CLUSTER_ID": cluster_id,
+                "CLUSTER_ADDRESS": broker.endpoint.address,
+                "CLUSTER_SECRET": broker.endpoint.secret,
+                "CLUSTER_APP": ref.to_json(),
+                "CLUSTER_VERSION": __version__,
+            },
+        )
+
+    return make_spec
+
+
+@pytest.fixture
+def spec(spec_for: Callable[[AppRef], WorkerSpec]) -> WorkerSpec:
+    return spec_for(locate(sampleapp.app))
+
+
+@pytest.fixture
+def ended(launcher: Launcher) -> Iterator[list[WorkerRef]]:
+    """Refs put in here are ended after the test, however that ends."""
+    refs: list[WorkerRef] = []
+    yield refs
+    launcher.terminate(refs, reason="the test is over")
+
+
+def final(launcher: Launcher, refs: list[WorkerRef]) -> bool:
+    return all(status.final for status in launcher.describe(refs).values())
+
+
+def test_it_says_what_it_is(launcher: Launcher):
+    assert isinstance(launcher, Launcher)
+    assert isinstance(launcher.defaults, LauncherDefaults)
+    assert launcher.defaults.timeout > 0
+    assert issubclass(launcher.options, BaseModel)
+    reach = launcher.reach()
+    assert isinstance(reach, Reach)
+    assert reach.tls or reach.host.startswith("127."), "in the clear on loopback only"
+
+
+def test_unknown_options_are_refused(launcher: Launcher):
+    with pytest.raises(cluster.ConfigurationError, match="no option 'no_such_option'"):
+        make(launcher.name, {"no_such_option": 1})
+
+
+def test_what_it_never_launched_is_missing(launcher: Launcher):
+    stranger = WorkerRef("no-such-worker", launcher.name)
+    [(ref, status)] = launcher.describe([stranger]).items()
+    assert (ref, status.phase, status.final) == (stranger, Phase.MISSING, True)
+    assert status.reason
+    assert launcher.find("no-such-cluster") == []
+    assert list(launcher.logs(stranger)) == []
+    launcher.terminate([stranger], reason="it doesn't exist")
+    assert launcher.describe([]) == {}
+
+
+def test_nothing_to_launch_is_nothing(launcher: Launcher, spec: WorkerSpec):
+    assert list(launcher.launch(spec, 0)) == []
+
+
+def test_workers_from_launch_to_leave(
+    launcher: Launcher, spec: WorkerSpec, client: redis.Redis, ended: list[WorkerRef]
+):
+    """They register under the id that launch gave out, and end with code 0 when told."""
+    refs = list(launcher.launch(spec, 2))
+    ended += refs
+    assert len(set(refs)) == 2
+    assert {ref.launcher for ref in refs} == {launcher.name}
+    assert set(launcher.find(spec.cluster_id)) == set(refs)
+    assert list(launcher.find("another cluster")) == []
+    wait_until(lambda: client.llen(keys.JOINED) == 2, "both have joined")
+    registrations = [decode(entry) for entry in client.lrange(keys.JOINED, 0, -1)]
+    assert {registration.worker for registration in registrations} == {ref.id for ref in refs}
+    assert len({registration.node for registration in registrations}) == 2
+    statuses = launcher.describe(refs)
+    assert list(statuses) == refs
+    for status in statuses.values():
+        assert (status.phase, status.final) == (Phase.RUNNING, False)
+    announce_over(client, 0)
+    wait_until(lambda: final(launcher, refs), "both have left")
+    for status in launcher.describe(refs).values():
+        assert (status.phase, status.exit_code) == (Phase.EXITED, 0)
+    assert list(launcher.find(spec.cluster_id)) == []
+
+
+def test_terminate_ends_workers_in_any_state(
+    launcher: Launcher, spec: WorkerSpec, client: redis.Redis, ended: list[WorkerRef]
+):
+    """One that is up, one that has only just been asked for; twice does no harm."""
+    up = list(launcher.launch(spec, 1))
+    ended += up
+    wait_until(lambda: client.llen(keys.JOINED) == 1, "it has joined")
+    refs = up + list(launcher.launch(spec, 1))
+    ended += refs
+    launcher.terminate(refs, reason="enough")
+    wait_until(lambda: final(launcher, refs), "they are ended")
+    launcher.terminate(refs, reason="once more")
+    assert list(launcher.find(spec.cluster_id)) == []
+    assert all(status.final and status.reason for status in launcher.describe(refs).values())
+
+
+def test_a_worker_that_cannot_import_its_app_says_so(
+    launcher: Launcher, spec_for: Callable[[AppRef], WorkerSpec], ended: list[WorkerRef]
+):
+    """A status that tells that another one would end alike, and a log with the traceback."""
+    refs = list(launcher.launch(spec_for(AppRef("no_such_module", "app")), 1))
+    ended += refs
+    wait_until(lambda: final(launcher, refs), "it has ended")
+    [status] = launcher.describe(refs).values()
+    assert (status.phase, status.exit_code, status.retryable) == (Phase.FAILED, 84, False)
+    assert "can't be imported" in status.reason
+    lines = list(launcher.logs(refs[0], tail=5))
+    assert len(lines) <= 5
+    assert any("No module named 'no_such_module'" in line for line in lines)
+
+
+def test_a_worker_of_another_version_ends_at_once(
+    launcher: Launcher, spec: WorkerSpec, ended: list[WorkerRef]
+):
+    environment = {**spec.environment, "CLUSTER_VERSION": "0.0.0"}
+    other = WorkerSpec(spec.cluster_id, spec.directory, environment)
+    refs = list(launcher.launch(other, 1))
+    ended += refs
+    wait_until(lambda: final(launcher, refs), "it has ended")
+    [status] = launcher.describe(refs).values()
+    assert (status.exit_code, status.retryable) == (85, False)
+    assert any("its manager 0.0.0" in line for line in launcher.logs(refs[0]))
