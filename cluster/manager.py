@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cluster import leaving
 from cluster._version import __version__
-from cluster.binding import AppRef, Binding, check_unbound, find_app, locate
+from cluster.binding import Binding
 from cluster.broker.broker import Broker
 from cluster.broker.messages import Event
-from cluster.broker.server import Server, find_server
 from cluster.errors import (
     ClusterError,
     ConfigurationError,
@@ -28,23 +27,21 @@ from cluster.errors import (
     WorkerLost,
     WorkersNotReady,
 )
-from cluster.launchers import base
 from cluster.launchers.base import Launcher
 from cluster.model import (
     TRANSITIONS,
     ClusterStatus,
     Endpoint,
-    Severity,
     State,
     WorkerRef,
     WorkerSpec,
     WorkerView,
 )
+from cluster.plan import Plan, make_plan
 from cluster.progress import Display
 from cluster.readiness import Verdict, decide
-from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT, manager_settings
+from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
 from cluster.supervisor import LOG_TAIL, Supervisor
-from cluster.wire import identity
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.registration import announce_over
 from cluster.wire.secret import new_secret, password
@@ -102,7 +99,7 @@ def start(
         WorkersNotReady: fewer than ``minimum`` were ready in time, or enough
             had failed for good. All that was started is gone again.
     """
-    plan = _plan(
+    plan = make_plan(
         workers=workers,
         minimum=minimum,
         app=app,
@@ -115,94 +112,10 @@ def start(
     return cluster
 
 
-class _Plan:
-    """Everything about a cluster that can be known before anything is started."""
-
-    def __init__(
-        self,
-        *,
-        app: Celery,
-        ref: AppRef,
-        launcher: Launcher,
-        server: Server,
-        workers: int,
-        minimum: int,
-        timeout: float,
-    ) -> None:
-        self.app = app
-        self.ref = ref
-        self.launcher = launcher
-        self.server = server
-        self.workers = workers
-        self.minimum = minimum
-        self.timeout = timeout
-
-
-def _plan(
-    *,
-    workers: int | None,
-    minimum: int | None,
-    app: Celery | str | None,
-    launcher: str | Launcher | None,
-    timeout: float | None,
-    options: dict[str, Any],
-) -> _Plan:
-    node = identity.current()
-    if node is not None:
-        raise StateError(
-            f"cluster.start was called inside a worker ({node}). When a worker imports your "
-            "script, it must not start a cluster of its own: put the call under if __name__ == "
-            '"__main__":.'
-        )
-    settings = manager_settings()
-    chosen = launcher if launcher is not None else base.detect(os.environ, settings.launcher)
-    made = base.make(chosen, options)
-    wanted = _count("workers", workers if workers is not None else made.defaults.workers)
-    if wanted is None:
-        raise ConfigurationError(
-            f"Say how many workers: cluster.start(4). The launcher {made.name!r} has no default."
-        )
-    least = _count("minimum", minimum)
-    least = wanted if least is None else least
-    if least > wanted:
-        raise ConfigurationError(f"minimum={least} is more than workers={wanted}.")
-    seconds = made.defaults.timeout if timeout is None else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-        raise ConfigurationError(f"timeout={timeout!r}: give a number of seconds above 0.")
-    found = find_app(app)
-    check_unbound(found)
-    ref = locate(found)
-    for finding in made.preflight(wanted, least):
-        match finding.severity:
-            case Severity.REFUSE:
-                raise ConfigurationError(finding.message)
-            case Severity.WARN:
-                warnings.warn(finding.message, RuntimeWarning, stacklevel=4)
-            case Severity.INFORM:
-                logger.info("%s", finding.message)
-    return _Plan(
-        app=found,
-        ref=ref,
-        launcher=made,
-        server=find_server(settings.broker_server),
-        workers=wanted,
-        minimum=least,
-        timeout=float(seconds),
-    )
-
-
-def _count(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigurationError(f"{name}={value!r}: give a whole number, 0 or more.")
-    return value
-
-
 class Cluster:
     """A broker and its workers; made by :func:`start`."""
 
-    def __init__(self, plan: _Plan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._id = secrets.token_hex(4)
         self._pid = os.getpid()
@@ -385,7 +298,7 @@ class Cluster:
                 f"Only {ready} of {plan.workers} workers were ready after {elapsed:.1f} s; going "
                 f"on with them (minimum={plan.minimum}). Later ones join as they come.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
         self._go(State.READY)
         display.say(f"{ready} of {plan.workers} workers ready after {elapsed:.1f} s")

@@ -43,7 +43,7 @@ def main() -> NoReturn:
 
 def _run(settings: WorkerSettings) -> int:
     # What these import includes Celery, which looks at MP_MAIN_FILE then.
-    from cluster import binding
+    from cluster import appref, binding
     from cluster.wire import identity
     from cluster.worker.processes import end_now, mark_main
 
@@ -51,9 +51,9 @@ def _run(settings: WorkerSettings) -> int:
     mark_main(settings.scratch)
     identity.assume(node, on_fenced=lambda: end_now(ExitCode.FENCED))
     binding.set_defaults()
-    ref = binding.AppRef.from_fields(settings.app)
+    ref = appref.AppRef.from_fields(settings.app)
     try:
-        app = binding.import_app(ref)
+        app = appref.import_app(ref)
     except Exception:  # noqa: BLE001 (it is the user's code)
         traceback.print_exc()
         print(f"The app can't be imported from {ref.script or ref.home}.", file=sys.stderr)

@@ -18,7 +18,7 @@ from tools import Traces, wait_until
 
 import cluster
 from cluster import __version__
-from cluster.binding import AppRef, locate
+from cluster.appref import AppRef, locate
 from cluster.broker.broker import Broker
 from cluster.broker.server import find_server
 from cluster.launchers.base import Launcher, make

@@ -248,9 +248,10 @@ if "cluster.worker" in sys.orig_argv:
 def test_the_minimum_is_enough_and_said(module, tmp_path: Path):
     """With one of two workers lost for good, the start goes on with the other and warns."""
     name = module("onefails", ONE_FAILS.format(path=str(tmp_path / "first")))
-    with pytest.warns(RuntimeWarning, match="Only 1 of 2 workers"):
+    with pytest.warns(RuntimeWarning, match="Only 1 of 2 workers") as warned:
         c = cluster.start(2, minimum=1, app=f"{name}:app")
     with c:
+        assert warned[0].filename == __file__, "it points at the caller"
         assert len(c.workers) == 1
         assert sys.modules[name].one.delay().get(timeout=30) == 1
 

@@ -13,7 +13,8 @@ from celery.app import defaults
 
 import cluster
 from cluster import binding
-from cluster.binding import AppRef, Binding, locate
+from cluster.appref import AppRef, find_app, locate
+from cluster.binding import Binding
 from cluster.model import Endpoint
 
 app = Celery("located")
@@ -113,11 +114,11 @@ def test_another_apps_tasks_are_not_imported_along(monkeypatch):
 
 
 def test_the_app_is_the_one_given_or_the_current():
-    assert binding.find_app(app) is app
-    assert binding.find_app(f"{__name__}:app") is app
+    assert find_app(app) is app
+    assert find_app(f"{__name__}:app") is app
     app.set_current()
-    assert binding.find_app(None) is app
-    assert binding.find_app(celery.current_app) is app
+    assert find_app(None) is app
+    assert find_app(celery.current_app) is app
 
 
 def test_binding_gives_back_all_it_took():

@@ -81,10 +81,11 @@ def test_a_preflight_may_refuse_or_warn():
     with pytest.raises(cluster.ConfigurationError, match="3 of them, at least 2"):
         cluster.start(3, minimum=2, app=app, launcher=Picky(Severity.REFUSE))
     with (
-        pytest.warns(RuntimeWarning, match="3 of them"),
+        pytest.warns(RuntimeWarning, match="3 of them") as warned,
         pytest.raises(AssertionError, match="something was started"),
     ):
         cluster.start(3, app=app, launcher=Picky(Severity.WARN))
+    assert warned[0].filename == __file__, "it points at the caller"
 
 
 def test_many_more_tasks_than_cpus_are_warned_of():

@@ -1,0 +1,103 @@
+"""What a cluster is to be: all that can be known, and refused, before anything is started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+
+from cluster.appref import AppRef, find_app, locate
+from cluster.binding import check_unbound
+from cluster.broker.server import Server, find_server
+from cluster.errors import ConfigurationError, StateError
+from cluster.launchers import base
+from cluster.launchers.base import Launcher
+from cluster.model import Severity
+from cluster.settings import manager_settings
+from cluster.wire import identity
+
+logger = logging.getLogger("cluster")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The arguments of ``cluster.start``, validated and with their defaults filled in."""
+
+    app: Celery
+    ref: AppRef
+    launcher: Launcher
+    server: Server
+    workers: int
+    minimum: int
+    timeout: float  # seconds
+
+
+def make_plan(
+    *,
+    workers: int | None,
+    minimum: int | None,
+    app: Celery | str | None,
+    launcher: str | Launcher | None,
+    timeout: float | None,
+    options: dict[str, Any],
+) -> Plan:
+    """Make sense of the arguments of ``cluster.start``; see there.
+
+    Raises:
+        ConfigurationError: one of them, or a setting, can't be used.
+        StateError: this is no place or no time to start one.
+    """
+    node = identity.current()
+    if node is not None:
+        raise StateError(
+            f"cluster.start was called inside a worker ({node}). When a worker imports your "
+            "script, it must not start a cluster of its own: put the call under if __name__ == "
+            '"__main__":.'
+        )
+    settings = manager_settings()
+    chosen = launcher if launcher is not None else base.detect(os.environ, settings.launcher)
+    made = base.make(chosen, options)
+    wanted = _count("workers", workers if workers is not None else made.defaults.workers)
+    if wanted is None:
+        raise ConfigurationError(
+            f"Say how many workers: cluster.start(4). The launcher {made.name!r} has no default."
+        )
+    least = _count("minimum", minimum)
+    least = wanted if least is None else least
+    if least > wanted:
+        raise ConfigurationError(f"minimum={least} is more than workers={wanted}.")
+    seconds = made.defaults.timeout if timeout is None else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise ConfigurationError(f"timeout={timeout!r}: give a number of seconds above 0.")
+    found = find_app(app)
+    check_unbound(found)
+    ref = locate(found)
+    for finding in made.preflight(wanted, least):
+        match finding.severity:
+            case Severity.REFUSE:
+                raise ConfigurationError(finding.message)
+            case Severity.WARN:
+                warnings.warn(finding.message, RuntimeWarning, stacklevel=3)
+            case Severity.INFORM:
+                logger.info("%s", finding.message)
+    return Plan(
+        app=found,
+        ref=ref,
+        launcher=made,
+        server=find_server(settings.broker_server),
+        workers=wanted,
+        minimum=least,
+        timeout=float(seconds),
+    )
+
+
+def _count(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigurationError(f"{name}={value!r}: give a whole number, 0 or more.")
+    return value
