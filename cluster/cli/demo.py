@@ -44,12 +44,13 @@ def run(workers: int | None) -> bool:
     left = time.perf_counter()
     right = primes == PRIMES_BELOW
     elapsed = done - ready
+    rate = work / elapsed
     rows = {
         "workers": f"{count_of_workers} local processes, ready after {ready - began:.1f} s",
         "tasks": f"{len(spans)}, done in {elapsed:.1f} s",
         "answer": f"{primes:,} primes: "
         + ("right" if right else f"wrong, there are {PRIMES_BELOW:,}"),
-        "speed-up": f"{work:.1f} s of work in {elapsed:.1f} s: {work / elapsed:.1f} at a time",
+        "work": f"{work:.1f} s of computing in {elapsed:.1f} s: {rate:.1f} tasks at a time",
         "stopped": f"broker and workers gone after another {left - done:.1f} s",
     }
     for name, text in rows.items():
