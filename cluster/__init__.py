@@ -10,6 +10,7 @@ workers are processes of this package too, and pay only for what they need.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,12 @@ from cluster.errors import (
     WorkerLost,
     WorkersNotReady,
 )
+
+if sys.platform == "win32":
+    raise ImportError(
+        "celery-cluster runs on Linux and macOS. On Windows, use it inside WSL: "
+        "https://learn.microsoft.com/windows/wsl/"
+    )
 
 if TYPE_CHECKING:
     from cluster.manager import Cluster, start

@@ -37,7 +37,7 @@ from cluster.model import (
     WorkerSpec,
     WorkerView,
 )
-from cluster.plan import Plan, make_plan
+from cluster.plan import Plan, count, make_plan
 from cluster.progress import Display
 from cluster.readiness import Verdict, decide
 from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
@@ -124,6 +124,7 @@ class Cluster:
         self._binding: Binding | None = None
         self._client: Redis | None = None
         self._supervisor: Supervisor | None = None
+        self._state_lock = threading.Lock()
         self._stop_lock = threading.Lock()
 
     # -- what a user looks at ---------------------------------------------------------
@@ -205,19 +206,26 @@ class Cluster:
 
         Raises:
             WorkersNotReady: they weren't, or can't be any more; nothing was stopped.
+            ConfigurationError: ``n`` is no count.
             StateError: the cluster is stopping or stopped.
             ClusterError: the cluster failed; what ``state`` and the log told.
         """
         if self._state not in (State.STARTING, State.READY, State.SCALING, State.FAILED):
             raise StateError(f"{self!r} doesn't run.")
+        wanted = count("n", n)
         seconds = self.launcher.defaults.timeout if timeout is None else timeout
         supervisor = self._require_supervisor()
         began = time.monotonic()
         verdict = self._wait(
-            supervisor, wanted=n, minimum=n, began=began, timeout=seconds, display=Display(False)
+            supervisor,
+            wanted=wanted,
+            minimum=wanted,
+            began=began,
+            timeout=seconds,
+            display=Display(False),
         )
         if verdict is not Verdict.ALL:
-            raise self._not_ready(supervisor, n, n, time.monotonic() - began)
+            raise self._not_ready(supervisor, wanted, wanted, time.monotonic() - began)
 
     def __repr__(self) -> str:
         return (
@@ -301,6 +309,8 @@ class Cluster:
                 stacklevel=4,
             )
         self._go(State.READY)
+        if self._supervisor.failure is not None:
+            self._on_failure(self._supervisor.failure)  # in the moment before
         display.say(f"{ready} of {plan.workers} workers ready after {elapsed:.1f} s")
 
     def _spec(self, endpoint: Endpoint, directory: Path) -> WorkerSpec:
@@ -387,8 +397,8 @@ class Cluster:
 
     def _on_failure(self, why: ClusterError) -> None:
         """In the supervisor's thread: the cluster can't go on."""
-        if self._state in (State.READY, State.SCALING):
-            self._go(State.FAILED)
+        # A start that fails raises, and says it so.
+        if self._state is not State.STARTING and self._try_to_go(State.FAILED):
             logger.error("%s", why)
         if self._binding is not None:
             self._binding.end(why)
@@ -464,9 +474,15 @@ class Cluster:
     # -- state ----------------------------------------------------------------------------
 
     def _go(self, state: State) -> None:
-        if state not in TRANSITIONS[self._state]:
+        if not self._try_to_go(state):
             raise StateError(f"A cluster that is {self._state} can't become {state}.")
-        self._state = state
+
+    def _try_to_go(self, state: State) -> bool:
+        with self._state_lock:
+            possible = state in TRANSITIONS[self._state]
+            if possible:
+                self._state = state
+            return possible
 
     def _require_supervisor(self) -> Supervisor:
         if self._supervisor is None:

@@ -61,13 +61,13 @@ def make_plan(
     settings = manager_settings()
     chosen = launcher if launcher is not None else base.detect(os.environ, settings.launcher)
     made = base.make(chosen, options)
-    wanted = _count("workers", workers if workers is not None else made.defaults.workers)
-    if wanted is None:
+    target = made.defaults.workers if workers is None else workers
+    if target is None:
         raise ConfigurationError(
             f"Say how many workers: cluster.start(4). The launcher {made.name!r} has no default."
         )
-    least = _count("minimum", minimum)
-    least = wanted if least is None else least
+    wanted = count("workers", target)
+    least = wanted if minimum is None else count("minimum", minimum)
     if least > wanted:
         raise ConfigurationError(f"minimum={least} is more than workers={wanted}.")
     seconds = made.defaults.timeout if timeout is None else timeout
@@ -95,9 +95,8 @@ def make_plan(
     )
 
 
-def _count(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
+def count(name: str, value: int) -> int:
+    """Raise :class:`ConfigurationError` unless ``value`` is a whole number, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ConfigurationError(f"{name}={value!r}: give a whole number, 0 or more.")
     return value

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cluster._version import __version__
 from cluster.errors import ConfigurationError
@@ -20,6 +20,12 @@ from cluster.settings import (
     worker_settings,
 )
 from cluster.wire.exitcodes import ExitCode
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from cluster.worker.drain import Drain
+    from cluster.worker.watchdog import Watchdog
 
 
 def main() -> NoReturn:
@@ -45,11 +51,25 @@ def _run(settings: WorkerSettings) -> int:
     # What these import includes Celery, which looks at MP_MAIN_FILE then.
     from cluster import appref, binding
     from cluster.wire import identity
+    from cluster.worker.drain import Drain
     from cluster.worker.processes import end_now, mark_main
+    from cluster.worker.watchdog import Watchdog
 
     node = identity.new_node_name(settings.worker)
     mark_main(settings.scratch)
     identity.assume(node, on_fenced=lambda: end_now(ExitCode.FENCED))
+    host, _, port = settings.address.rpartition(":")
+    endpoint = Endpoint(host, int(port), settings.secret)
+    drain = Drain()
+    watchdog = Watchdog(
+        endpoint,
+        node=node,
+        parent=settings.parent,
+        orphan_timeout=ORPHAN_TIMEOUT,
+        drain=drain,
+    )
+    # Before the app is imported: that may take minutes, or never end.
+    watchdog.start()
     binding.set_defaults()
     ref = appref.AppRef.from_fields(settings.app)
     try:
@@ -58,21 +78,19 @@ def _run(settings: WorkerSettings) -> int:
         traceback.print_exc()
         print(f"The app can't be imported from {ref.script or ref.home}.", file=sys.stderr)
         return ExitCode.IMPORT_FAILED
-    host, _, port = settings.address.rpartition(":")
-    endpoint = Endpoint(host, int(port), settings.secret)
     binding.bind_worker(app, endpoint)
-    return _serve(app, settings, node, endpoint)
+    return _serve(app, settings, node, drain, watchdog)
 
 
-def _serve(app: Any, settings: WorkerSettings, node: str, endpoint: Endpoint) -> int:
+def _serve(
+    app: Celery, settings: WorkerSettings, node: str, drain: Drain, watchdog: Watchdog
+) -> int:
     from celery.app.task import Task
     from celery.exceptions import SecurityWarning
     from celery.signals import worker_process_init, worker_ready
 
-    from cluster.worker.drain import Drain
     from cluster.worker.membership import Membership
     from cluster.worker.processes import begin_child
-    from cluster.worker.watchdog import Watchdog
 
     # It runs as whoever started it does, and in a container that is mostly root.
     warnings.simplefilter("ignore", SecurityWarning)
@@ -86,14 +104,6 @@ def _serve(app: Any, settings: WorkerSettings, node: str, endpoint: Endpoint) ->
         without_gossip=True,
         without_heartbeat=True,
         quiet=True,
-    )
-    drain = Drain()
-    watchdog = Watchdog(
-        endpoint,
-        node=node,
-        parent=settings.parent,
-        orphan_timeout=ORPHAN_TIMEOUT,
-        drain=drain,
     )
     membership = Membership(worker, settings.worker, drain, watchdog)
     worker_process_init.connect(begin_child)

@@ -41,6 +41,11 @@ class Drain:
         """The exit code, if the loop should have ended by now and hasn't."""
         return self._code if time.monotonic() > self._until + SHUTDOWN_ALLOWANCE else None
 
+    @property
+    def attached(self) -> bool:
+        """Whether there is an event loop that can carry it out."""
+        return self._hub is not None
+
     def attach(self, hub: Any) -> None:
         """Use the worker's event loop, from now on."""
         self._hub = hub

@@ -35,24 +35,26 @@ class Membership:
         worker: the Celery worker.
         id: the platform's name for it.
         drain: its way out.
-        watchdog: not started yet.
+        watchdog: running.
     """
 
     def __init__(self, worker: Any, id: str, drain: Drain, watchdog: Watchdog) -> None:  # noqa: A002
         self._worker = worker
         self._drain = drain
         self._watchdog = watchdog
+        self._begun = False
         self._registration = Registration(
             node=worker.hostname, worker=id, host=socket.gethostname(), pid=os.getpid()
         )
 
     def begin(self, **_: Any) -> None:
         """Receives Celery's ``worker_ready``, which comes again with each new consumer."""
-        if self._watchdog.is_alive():
+        if self._begun:
             return
+        self._begun = True
         try:
             self._listen_for_orders()
-            self._show_presence()
+            self._wait_for_presence()
             self._register()
         except Exception:  # noqa: BLE001 (whatever it is, this worker is of no use)
             # Celery would log what a signal's receiver raises, and go on.
@@ -79,9 +81,7 @@ class Membership:
     def _on_signal(self, *_: Any) -> None:
         self._drain.begin(ExitCode.PLATFORM_NOTICE, DRAIN_GRACE)
 
-    def _show_presence(self) -> None:
-        # After the pool has forked its children: they inherit no thread.
-        self._watchdog.start()
+    def _wait_for_presence(self) -> None:
         if not self._watchdog.subscribed.wait(FIRST_CONNECTION):
             raise TimeoutError(f"no connection to the broker within {FIRST_CONNECTION:.0f} s")
 

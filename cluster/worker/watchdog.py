@@ -102,7 +102,7 @@ class Watchdog(threading.Thread):
             end_now(ExitCode.FENCED)
         grace = self._client.get(keys.OVER)
         if grace is not None:
-            self._drain.begin(ExitCode.LEFT, float(grace))
+            self._leave(float(grace))
         self._reached = time.monotonic()
 
     def _listen(self) -> None:
@@ -115,7 +115,12 @@ class Watchdog(threading.Thread):
             return
         grace = grace_in(message["data"])
         if grace is not None:
-            self._drain.begin(ExitCode.LEFT, grace)
+            self._leave(grace)
+
+    def _leave(self, grace: float) -> None:
+        if not self._drain.attached:
+            end_now(ExitCode.LEFT)  # it still boots, and holds nothing
+        self._drain.begin(ExitCode.LEFT, grace)
 
     def _disconnect(self) -> None:
         if self._pubsub is not None:

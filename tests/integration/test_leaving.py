@@ -143,12 +143,16 @@ if __name__ == "__main__":
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, traces: Traces, eventually):
-    """Ctrl-C while workers still boot."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_start_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, traces: Traces, eventually, sent: signal.Signals
+):
+    """While workers still import the app, which may never end."""
     script = tmp_path / "slow.py"
     script.write_text(
         """
-import sys, threading
+import os, threading
+from pathlib import Path
 import cluster
 from celery import Celery
 app = Celery("slow")
@@ -157,11 +161,12 @@ def one(): return 1
 if __name__ == "__main__":
     cluster.start(2)
 else:
+    Path(__file__).with_name(f"importing-{os.getpid()}").touch()
     threading.Event().wait()
 """
     )
     with subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True) as manager:
-        eventually(lambda: len(traces.processes()) == 5, "the workers boot")
-        manager.send_signal(signal.SIGINT)
-        assert manager.wait(10) == -signal.SIGINT
+        eventually(lambda: list(tmp_path.glob("importing-*")), "a worker imports the script")
+        manager.send_signal(sent)
+        assert manager.wait(10) == -sent
         traces.check_gone()
