@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _node: str | None = None
+_main: int | None = None
 _on_fenced: Callable[[], NoReturn] | None = None
 
 
@@ -38,13 +39,21 @@ def assume(node: str, on_fenced: Callable[[], NoReturn]) -> None:
         node: the Celery node name.
         on_fenced: ends the process; called where the broker refuses the node.
     """
-    global _node, _on_fenced
-    _node, _on_fenced = node, on_fenced
+    global _node, _on_fenced, _main
+    _node, _on_fenced, _main = node, on_fenced, os.getpid()
 
 
 def current() -> str | None:
     """This process's node name, or ``None`` outside a worker."""
     return _node
+
+
+def taking() -> str | None:
+    """The node name in the one process that takes messages for the node, else ``None``.
+
+    What a task consumes by itself, in a child of the pool, is the task's.
+    """
+    return _node if os.getpid() == _main else None
 
 
 def fenced(node: str) -> NoReturn:

@@ -148,7 +148,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     """A channel that takes for a node, or kombu's own where there is none."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.node = identity.current()
+        self.node = identity.taking()
         self._acknowledged: set[str] = set()
         self._waiting = False
         if self.node is not None:
@@ -297,7 +297,7 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
         return super().establish_connection()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        if identity.current() is not None:
+        if identity.taking() is not None:
             self.cycle.call_later = lambda seconds: loop.call_later(seconds, _come_round)
         super().register_with_event_loop(connection, loop)
 
