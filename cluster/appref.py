@@ -29,7 +29,9 @@ class AppRef:
     ``""`` for an app that no module holds and that has no tasks of its own;
     ``attribute`` its name there, or the bare app's main name. ``script`` is
     the script's file and ``package`` the package it belongs to when it was run
-    with ``-m``. ``modules`` hold tasks and are imported as well.
+    with ``-m``. ``modules`` hold tasks and are imported as well. ``argv`` is the
+    manager's: what the script makes of its arguments as it is imported, a
+    worker must make of them, too.
     """
 
     home: str
@@ -37,13 +39,14 @@ class AppRef:
     script: str = ""
     package: str = ""
     modules: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> AppRef:
-        return cls(**{**fields, "modules": tuple(fields["modules"])})
+        return cls(**{**fields, "modules": tuple(fields["modules"]), "argv": tuple(fields["argv"])})
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -65,7 +68,7 @@ def find_app(app: celery.Celery | str | None) -> celery.Celery:
         ConfigurationError: there is no such app.
     """
     if app is None:
-        found = celery.current_app._get_current_object()
+        found = _current_app()
     elif isinstance(app, str):
         found = _import_path(app)
     else:
@@ -73,10 +76,30 @@ def find_app(app: celery.Celery | str | None) -> celery.Celery:
         found = getattr(app, "_get_current_object", lambda: app)()
     if not isinstance(found, celery.Celery):
         raise ConfigurationError(
-            f"app={app!r} is no Celery app but {type(found).__name__}. Give the app itself or "
+            f"app={app!r} is no Celery app but {found.__class__.__name__}. Give the app itself or "
             'its import path, such as app="package.module:app".'
         )
     return found
+
+
+def _current_app() -> Any:
+    """Celery's current app; which it keeps for each thread, and so, in a thread that has
+    none, the only app there is."""
+    if celery._state._tls.current_app is None:
+        apps = [app for app in celery._state._get_active_apps() if app is not _fallback()]
+        if len(apps) == 1:
+            return apps[0]
+        if apps:
+            raise ConfigurationError(
+                f"Which app? There are {len(apps)} in this process and none is this thread's "
+                "current one. Say it: cluster.start(app=...)."
+            )
+    return celery.current_app._get_current_object()
+
+
+def _fallback() -> Any:
+    """The app that Celery makes when somebody asks for one and there is none."""
+    return celery._state.default_app
 
 
 def _import_path(path: str) -> Any:
@@ -133,7 +156,8 @@ def locate(app: celery.Celery) -> AppRef:
                     "which no worker can import. Put them into a file: a script or a module."
                 )
             home, attribute = "", app.main or ""
-    return AppRef(home, attribute, script, package, tuple(sorted(task_modules - {"__main__"})))
+    modules = tuple(sorted(task_modules - {"__main__"}))
+    return AppRef(home, attribute, script, package, modules, tuple(sys.argv))
 
 
 def _is_local(task: celery.Task[Any, Any]) -> bool:
@@ -143,7 +167,7 @@ def _is_local(task: celery.Task[Any, Any]) -> bool:
 
 
 def _is_celerys(module: str) -> bool:
-    return module.startswith("celery.")
+    return module == "celery" or module.startswith("celery.")
 
 
 def _holders(app: celery.Celery) -> Iterator[tuple[str, str]]:
@@ -152,6 +176,8 @@ def _holders(app: celery.Celery) -> Iterator[tuple[str, str]]:
     for name, module in list(sys.modules.items()):
         if not isinstance(module, ModuleType) or module.__name__ != name:
             continue  # an alias, or something that only poses as a module
+        if _is_celerys(name):
+            continue
         for attribute, value in list(vars(module).items()):
             if value is app:
                 found.append((name, attribute))
@@ -194,13 +220,22 @@ def _script_of(main: ModuleType) -> tuple[str, str]:
 
 def import_app(ref: AppRef) -> celery.Celery:
     """Import the app and its tasks. Raises whatever the user's code raises."""
+    if ref.argv:
+        sys.argv[:] = ref.argv
     if ref.script:
         _import_script(ref.script, ref.package)
     if ref.home:
         module = (
             sys.modules[_SCRIPT] if ref.home == "__main__" else importlib.import_module(ref.home)
         )
-        app = _attribute(module, ref.attribute)
+        try:
+            app = _attribute(module, ref.attribute)
+        except AttributeError as error:
+            raise ConfigurationError(
+                f"A worker that imports {ref.script or ref.home} finds no {ref.attribute} there. "
+                "Make the app at the top level, not in a function or under "
+                'if __name__ == "__main__".'
+            ) from error
     else:
         app = celery.Celery(ref.attribute or None)
     if not isinstance(app, celery.Celery):

@@ -56,11 +56,14 @@ CLIENT_DEFAULTS: Mapping[str, Any] = {
     },
 }
 
-#: Ours, inside ``broker_transport_options``: kombu has no time-outs by default.
+#: Ours, inside ``broker_transport_options``. kombu has no time-outs by default; the keys are
+#: the cluster's own, and so is the book-keeping.
 TRANSPORT_OPTIONS: Mapping[str, Any] = {
     "socket_timeout": SOCKET_TIMEOUT,
     "socket_connect_timeout": SOCKET_TIMEOUT,
     "health_check_interval": SOCKET_TIMEOUT,
+    "global_keyprefix": "",
+    "ack_emulation": True,
 }
 
 _TRANSPORT = "cluster.wire.transport:Transport"
@@ -103,6 +106,7 @@ def _ours(app: celery.Celery, endpoint: Endpoint) -> Mapping[str, Any]:
 def bind_worker(app: celery.Celery, endpoint: Endpoint) -> None:
     """In a worker: for the process's life."""
     app.conf.update(_ours(app, endpoint))
+    app.conf.worker_enable_remote_control = True  # a ping is how the manager knows it is ready
     app.backend_cls = app.conf.result_backend
     _swap_caches(app, _NO_CACHES)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -51,6 +53,43 @@ def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
     # Once: what SystemExit sets off must not be interrupted by another.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(TERMINATED)
+
+
+class Hurry:
+    """Whether somebody has lost patience while interrupts were held."""
+
+    asked = False
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[Hurry]:
+    """Ctrl-C and SIGTERM don't break in; they are noted, and raised at the end.
+
+    An exception in the middle of a lock that the standard library holds would
+    leave it locked, and whoever cleans up next would wait for ever.
+    """
+    hurry = Hurry()
+    if threading.current_thread() is not threading.main_thread():
+        yield hurry  # signals are handled in the main thread only
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        hurry.asked = True
+        held.append((number, frame))
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield hurry
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if held and not isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
+        first, frame = held[0]
+        handlers[signal.Signals(first)](first, frame)
 
 
 @atexit.register

@@ -19,8 +19,9 @@ from cluster import leaving
 from cluster._version import __version__
 from cluster.binding import Binding
 from cluster.broker.broker import Broker
-from cluster.broker.messages import Event
+from cluster.broker.messages import Event, Failed
 from cluster.errors import (
+    BrokerLost,
     ClusterError,
     ConfigurationError,
     StateError,
@@ -33,6 +34,7 @@ from cluster.model import (
     ClusterStatus,
     Endpoint,
     State,
+    WorkerLogs,
     WorkerRef,
     WorkerSpec,
     WorkerView,
@@ -57,6 +59,12 @@ EXIT_ALLOWANCE = 1.0
 
 #: Seconds between looks at workers that are leaving.
 LOOK_EVERY = 0.02
+
+#: What a result raises that hadn't come by then.
+STOPPED = ClusterError(
+    "The cluster has been stopped before this result came. Get results before you leave the with "
+    "block or call stop()."
+)
 
 
 def start(
@@ -126,6 +134,7 @@ class Cluster:
         self._supervisor: Supervisor | None = None
         self._state_lock = threading.Lock()
         self._stop_lock = threading.Lock()
+        self._stopping_thread: int | None = None
 
     # -- what a user looks at ---------------------------------------------------------
 
@@ -169,7 +178,7 @@ class Cluster:
             workers=views,
         )
 
-    def logs(self, worker: str | None = None, tail: int = 100) -> dict[str, Sequence[str]]:
+    def logs(self, worker: str | None = None, tail: int = 100) -> WorkerLogs:
         """What the workers wrote.
 
         Args:
@@ -177,7 +186,7 @@ class Cluster:
             tail: the last lines of each, at most.
 
         Returns:
-            The lines by the worker's id.
+            The lines by the worker's id; prints one worker after the other.
 
         Raises:
             ConfigurationError: there is no such worker.
@@ -195,7 +204,7 @@ class Cluster:
                     known = ", ".join(ref.id for ref in supervisor.roster.statuses)
                     raise ConfigurationError(f"There is no worker {worker!r}, only {known}.")
                 refs = [found]
-        return {ref.id: self.launcher.logs(ref, tail=tail) for ref in refs}
+        return WorkerLogs({ref.id: self.launcher.logs(ref, tail=tail) for ref in refs})
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
         """Wait until at least ``n`` workers are ready.
@@ -262,7 +271,9 @@ class Cluster:
     def _bring_up(self, display: Display) -> None:
         plan = self._plan
         began = time.monotonic()
-        display.show(f"Starting a broker ({plan.server.path}, {plan.server.version})")
+        name = plan.app.main or "without a name"
+        server = f"{Path(plan.server.path).name} {plan.server.version}"
+        display.show(f"Starting workers for the app {name} and a broker ({server})")
         directory = Path(tempfile.mkdtemp(prefix=f"cluster-{self._id}-"))
         try:
             self._broker = Broker(
@@ -372,15 +383,18 @@ class Cluster:
             reasons = sorted({seat.status.reason for seat in failed})
             why = f"{len(failed)} failed: {'; '.join(reasons)}."
         elif coming:
-            why = "The others are still starting; what they wrote so far is below."
+            why = (
+                "The others are still starting; what they have written so far follows, if anything."
+            )
         else:
             why = "No more are starting."
         shown: Sequence[WorkerRef] = [seat.ref for seat in failed] or list(statuses)
-        # Workers that fail at the start mostly fail alike: three tell it all.
-        logs = {ref.id: self.launcher.logs(ref, tail=LOG_TAIL) for ref in shown[:3]}
+        logs = {ref.id: tuple(self.launcher.logs(ref, tail=LOG_TAIL)) for ref in shown}
+        # Workers that fail at the start mostly fail alike: each way of failing is told once.
+        logs = {worker: lines for lines, worker in {v: k for k, v in logs.items()}.items()}
         return WorkersNotReady(
-            f"{ready} of {wanted} workers were ready after {elapsed:.1f} s, and at least {minimum} "
-            f"were needed. {why}",
+            f"{ready} of {wanted} workers were ready after {elapsed:.1f} s (minimum {minimum}). "
+            f"{why}",
             ready=ready,
             wanted=wanted,
             minimum=minimum,
@@ -390,10 +404,19 @@ class Cluster:
         )
 
     def _on_event(self, event: Event) -> None:
-        """In the broker's thread. Before there are workers, only a loss counts, and
-        whoever starts them meets it."""
-        if self._supervisor is not None:
-            self._supervisor.tell(event)
+        """In the broker's thread."""
+        match event:
+            case Failed(reason=reason, log=log):
+                tail = "\n".join(log)
+                why = BrokerLost(f"The broker is lost: {reason}.\n{tail}".rstrip())
+                # At once: whoever waits for the broker waits in vain, and that
+                # may be the supervisor, too.
+                if self._binding is not None:
+                    self._binding.end(why)
+                if self._supervisor is not None:
+                    self._supervisor.fail(why)
+            case _ if self._supervisor is not None:
+                self._supervisor.tell(event)
 
     def _on_failure(self, why: ClusterError) -> None:
         """In the supervisor's thread: the cluster can't go on."""
@@ -417,56 +440,69 @@ class Cluster:
         """
         if os.getpid() != self._pid:
             return  # a forked process's copy: the cluster isn't its to stop
-        with self._stop_lock:
+        if self._stopping_thread == threading.get_ident():
+            return  # from a signal handler, in the middle of it
+        try:
+            with leaving.interrupts_held() as hurry, self._stop_lock:
+                self._stopping_thread = threading.get_ident()
+                self._stop(timeout, hurry)
+        finally:
+            self._stopping_thread = None
             if self._state is State.STOPPED:
-                return
-            if self._state is State.STOPPING:
-                timeout = 0  # an earlier call was interrupted: somebody is in a hurry
-            else:
-                self._go(State.STOPPING)
-            # Each step can be repeated: one that Ctrl-C interrupts is done
-            # again when the interpreter ends.
-            self._end_workers(timeout)
-            self._unbind()
-            if self._broker is not None:
-                self._broker.stop()
-                self._broker = None
-            leaving.remove(id(self))
-            self._go(State.STOPPED)
+                leaving.remove(id(self))
 
-    def _end_workers(self, timeout: float) -> None:
+    def _stop(self, timeout: float, hurry: leaving.Hurry) -> None:
+        """Each step can be done again, should one of them fail."""
+        if self._state is State.STOPPED:
+            return
+        if self._state is not State.STOPPING:
+            self._go(State.STOPPING)
+        self._end_workers(timeout, hurry)
+        self._unbind()
+        if self._broker is not None:
+            self._broker.stop()
+            self._broker = None
+        self._go(State.STOPPED)
+
+    def _end_workers(self, timeout: float, hurry: leaving.Hurry) -> None:
         supervisor = self._supervisor
         if supervisor is None:
             return
-        assert self._client is not None
         supervisor.stop_replacing()
-        try:
-            announce_over(self._client, timeout)
-        except CONNECTION_ERRORS as error:
-            logger.warning("The workers can't be told to leave (%s); ending them.", error)
-            timeout = -EXIT_ALLOWANCE
+        told = self._tell_workers(timeout)
+        if not told and self._binding is not None:
+            self._binding.end(STOPPED)  # the supervisor may be waiting for the broker
         # Meanwhile: it may be in the middle of a turn.
         supervisor.end()
         launcher, roster = self.launcher, supervisor.roster
         launcher.terminate(roster.starting, reason="the cluster is stopping")
-        deadline = time.monotonic() + timeout + EXIT_ALLOWANCE
+        deadline = time.monotonic() + (timeout + EXIT_ALLOWANCE if told else 0)
         while roster.unfinished and time.monotonic() < deadline:
             roster.described(launcher.describe(roster.unfinished))
+            if hurry.asked and timeout > 0:
+                timeout = 0
+                self._tell_workers(timeout)
+                deadline = time.monotonic() + EXIT_ALLOWANCE
             if roster.unfinished:
                 time.sleep(LOOK_EVERY)
         launcher.terminate(roster.unfinished, reason="the cluster is stopping")
         roster.described(launcher.describe(roster.unfinished))
 
+    def _tell_workers(self, grace: float) -> bool:
+        """Tell the workers that it is over; false if the broker is out of reach."""
+        assert self._client is not None
+        try:
+            announce_over(self._client, grace)
+        except CONNECTION_ERRORS as error:
+            logger.warning("The workers can't be told to leave (%s); ending them.", error)
+            return False
+        return True
+
     def _unbind(self) -> None:
         if self._binding is not None:
-            self._binding.end(
-                ClusterError(
-                    "The cluster has been stopped before this result came. Get results before "
-                    "you leave the with block or call stop()."
-                )
-            )
-            self._binding.release()
-            self._binding = None
+            binding, self._binding = self._binding, None
+            binding.end(STOPPED)
+            binding.release()
         if self._client is not None:
             self._client.connection_pool.disconnect()
             self._client = None

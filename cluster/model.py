@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -175,3 +175,13 @@ class ClusterStatus:
             state = "ready" if worker.ready else str(worker.status.phase)
             lines.append(f"  {worker.id:<{width}}  {state:<8}  {worker.status.reason}".rstrip())
         return "\n".join(lines)
+
+
+class WorkerLogs(dict[str, Sequence[str]]):
+    """What ``Cluster.logs()`` returns: lines by worker; prints as a text."""
+
+    def __str__(self) -> str:
+        parts = []
+        for worker, lines in self.items():
+            parts += [f"--- {worker} ---", *lines]
+        return "\n".join(parts)

@@ -17,9 +17,10 @@ class Display:
     """
 
     def __init__(self, shown: bool | None) -> None:
-        console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self._console = console if shown is not False else None
-        self._status = console.status("") if shown is not False and console.is_terminal else None
+        show = shown is not False and sys.stderr is not None  # None: it was closed
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True) if show else None
+        live = self._console is not None and self._console.is_terminal
+        self._status = self._console.status("") if self._console is not None and live else None
         self._last = ""
 
     def __enter__(self) -> Self:

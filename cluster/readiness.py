@@ -64,6 +64,9 @@ class Pinger:
             if self._connection is None:
                 self._connection = self._app.connection_for_write()
                 self._mailbox = self._app.control.mailbox(self._connection)
+                # Else it would wait for a producer of the app's own pool, and
+                # the user's threads may have them all.
+                self._mailbox.producer_pool = None
             replies = self._mailbox._broadcast(
                 "ping",
                 reply=True,

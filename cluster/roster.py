@@ -114,6 +114,11 @@ class Roster:
         )
 
     @property
+    def gone(self) -> tuple[Seat, ...]:
+        """Those that won't come back, however they went."""
+        return tuple(seat for seat in self._seats.values() if seat.gone)
+
+    @property
     def statuses(self) -> Mapping[WorkerRef, WorkerStatus]:
         """All workers there ever were."""
         return {ref: seat.status for ref, seat in self._seats.items()}

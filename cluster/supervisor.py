@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from celery.app.task import Context
+from kombu.exceptions import OperationalError
+
 from cluster.binding import Binding
-from cluster.broker.messages import Dead, Event, Failed, Restarted
-from cluster.errors import BrokerLost, ClusterError, LaunchError, WorkerLost
+from cluster.broker.messages import Dead, Event, Restarted
+from cluster.errors import ClusterError, LaunchError, WorkerLost
 from cluster.launchers.base import Launcher
-from cluster.model import WorkerRef, WorkerSpec
+from cluster.model import Phase, WorkerRef, WorkerSpec, WorkerStatus
 from cluster.readiness import Pinger
 from cluster.replacement import Replacements
 from cluster.roster import Roster, Seat
@@ -32,6 +35,9 @@ logger = logging.getLogger("cluster")
 
 #: Seconds that a turn waits for a registration. It ends at once when one comes.
 TURN = 0.1
+
+#: What stands for a worker that couldn't even be launched.
+REFUSED = WorkerStatus(Phase.MISSING)
 
 #: Registrations taken in one turn.
 AT_ONCE = 1000
@@ -125,7 +131,7 @@ class Supervisor(threading.Thread):
                 self._turn()
         except Exception as error:
             logger.exception("The cluster's supervisor failed.")
-            self._fail(ClusterError(f"The cluster's supervisor failed: {error!r}"))
+            self.fail(ClusterError(f"The cluster's supervisor failed: {error!r}"))
 
     def _turn(self) -> None:
         try:
@@ -133,7 +139,7 @@ class Supervisor(threading.Thread):
             self._give_up()
             self._confirm()
             self._release()
-        except CONNECTION_ERRORS:
+        except (*CONNECTION_ERRORS, OperationalError, ClusterError):
             # The broker is away; the guardian brings it back or says that it
             # can't. What was popped as it went may be lost.
             self._reread = True
@@ -163,8 +169,18 @@ class Supervisor(threading.Thread):
         while (entry := self._client.lindex(keys.GIVEN_UP, -1)) is not None:
             given_up = givenup.read(entry, self._binding.app.conf.accept_content)
             logger.error("%s", given_up)
-            self._binding.fail_task(given_up.request, WorkerLost(str(given_up)))
+            if given_up.request is not None:
+                self._fail_task(given_up.request, str(given_up))
             self._client.rpop(keys.GIVEN_UP)
+
+    def _fail_task(self, request: Context, why: str) -> None:
+        try:
+            self._binding.fail_task(request, WorkerLost(why))
+        except (*CONNECTION_ERRORS, ClusterError):
+            raise  # it stays listed, for when the broker is back
+        except Exception:
+            # A callback of the user's, for one: that is no reason to end the cluster.
+            logger.exception("What waits for %s couldn't be told.", request.id)
 
     def _confirm(self) -> None:
         with self.changed:
@@ -194,16 +210,15 @@ class Supervisor(threading.Thread):
                 return
             match event:
                 case Dead(node=node, held=held):
+                    # In one step: nobody may see a worker gone and none due for it.
                     with self.changed:
                         seat = self.roster.lost(node)
+                        if seat is not None:
+                            self._bury(seat, f"its connection is gone; tasks given back: {held}")
                     if seat is not None:
-                        self._bury(seat, f"its connection is gone; {held} tasks run elsewhere")
                         self._terminate(seat.ref)
                 case Restarted(reason=reason):
                     logger.warning("The broker was restarted (%s); work goes on.", reason)
-                case Failed(reason=reason, log=log):
-                    tail = "\n".join(log)
-                    self._fail(BrokerLost(f"The broker is lost: {reason}.\n{tail}".rstrip()))
 
     def _describe(self) -> None:
         with self.changed:
@@ -212,11 +227,10 @@ class Supervisor(threading.Thread):
             return
         statuses = self._launcher.describe(refs)
         with self.changed:
-            gone = self.roster.described(statuses)
-        for seat in gone:
-            self._bury(seat, seat.status.reason)
-            if seat.node:
-                self._to_release[seat.node] = seat.status.reason
+            for seat in self.roster.described(statuses):
+                self._bury(seat, seat.status.reason)
+                if seat.node:
+                    self._to_release[seat.node] = seat.status.reason
 
     def _bury(self, seat: Seat, why: str) -> None:
         """A worker is gone: see whether another shall come in its place."""
@@ -235,34 +249,46 @@ class Supervisor(threading.Thread):
         self._launcher.terminate([ref], reason="its connection to the broker is gone")
 
     def _replace(self) -> None:
+        if self._ending.is_set():
+            return
         now = time.monotonic()
         due = [at for at in self._due if at <= now]
-        if not due or self._ending.is_set():
+        if not due:
             self._judge()
             return
         try:
             self.launch(len(due))
         except LaunchError as error:
             logger.warning("A replacement couldn't be launched: %s", error)
+            self._try_again(len(due) - len(error.accepted))
         with self.changed:
-            self._due = [at for at in self._due if at > now]
+            for at in due:
+                self._due.remove(at)
+
+    def _try_again(self, missing: int) -> None:
+        for _ in range(missing):
+            pause = self._replacements.next(REFUSED, was_ready=False, now=time.monotonic())
+            if pause is not None:
+                with self.changed:
+                    self._due.append(time.monotonic() + max(pause, TURN))
 
     def _judge(self) -> None:
         """With no worker left and none to come, tasks would wait for ever."""
         with self.changed:
-            seats = self.roster.failed
+            seats = self.roster.gone
             over = bool(seats) and not self.roster.ready and not self.coming
-        if over:
+        if over and self.failure is None:
             seat = seats[-1]
             lines = self._launcher.logs(seat.ref, tail=LOG_TAIL)
-            self._fail(
+            self.fail(
                 WorkerLost(
                     "No worker is left, and none is started any more because too many ended. "
                     f"The last was {seat.ref.id}: {seat.status.reason}.\n" + "\n".join(lines)
                 )
             )
 
-    def _fail(self, why: ClusterError) -> None:
+    def fail(self, why: ClusterError) -> None:
+        """The cluster can't go on; the first reason counts. From any thread."""
         with self.changed:
             first = self.failure is None
             self.failure = self.failure or why

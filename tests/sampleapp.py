@@ -9,6 +9,7 @@ from pathlib import Path
 
 from celery import Celery
 from celery.exceptions import Reject
+from celery.worker.request import Request
 
 app = Celery("sample")
 
@@ -56,6 +57,42 @@ def ask_back(log: str, times: int) -> int:
     return runs
 
 
+@app.task
+def run_out_of_memory(log: str) -> None:
+    note(log, "start")
+    raise MemoryError("no room for 8 GiB")
+
+
+@app.task
+def leave(log: str) -> None:
+    note(log, "start")
+    raise SystemExit("a file is missing")
+
+
+@app.task
+def write_down(log: str) -> None:
+    note(log, "written")
+
+
 def note(log: str, line: str) -> None:
     with Path(log).open("a") as file:
         file.write(line + "\n")
+
+
+@app.task
+def fork_a_child() -> int:
+    """What a library may do in a task; the child leaves without a word."""
+    child = os.fork()
+    if child == 0:
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class OwnRequest(Request):
+    """A request class of the app's own: a documented feature of Celery."""
+
+
+@app.task(Request="sampleapp:OwnRequest")
+def kill_own_process_by_own_request(log: str) -> None:
+    note(log, "start")
+    os.kill(os.getpid(), signal.SIGKILL)

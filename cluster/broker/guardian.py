@@ -57,6 +57,10 @@ FULL_LOOK = 1.0
 START_TIMEOUT = 10.0
 RESTART_TIMEOUT = 30.0
 
+#: Seconds for one look after which the broker counts as having been away: a
+#: worker's watchdog gives up on an answer after one second.
+SLOW = 0.5
+
 #: Ports to try when another process was faster in taking the one just found free.
 PORT_ATTEMPTS = 5
 
@@ -186,15 +190,20 @@ class Guardian:
         from redis.exceptions import RedisError
 
         assert self.server is not None
+        slow = False
         while not self._wait(TICK):
             if self.server.poll() is not None and not self._restart():
                 return
             try:
-                self._look_at_workers(time.monotonic())
+                began = time.monotonic()
+                if slow:
+                    self._presence.broker_was_away(self._members(), began + LIVENESS_TIMEOUT)
+                self._look_at_workers(began)
+                slow = time.monotonic() - began > SLOW
             except (RedisError, OSError):
-                # A server that has just died is seen at the next turn; one
-                # that is slow to answer is asked again then.
-                continue
+                # A server that has just died is seen at the next turn. One that
+                # doesn't answer in time may have lost the workers as well.
+                slow = True
 
     def _restart(self) -> bool:
         """Start the server again; false if the manager went or the budget is spent."""
@@ -222,7 +231,7 @@ class Guardian:
                     return False
                 continue
             break
-        self._presence.broker_restarted(members, time.monotonic() + LIVENESS_TIMEOUT)
+        self._presence.broker_was_away(members, time.monotonic() + LIVENESS_TIMEOUT)
         self._emit(Restarted(self.server.pid, reason))
         return True
 

@@ -4,8 +4,8 @@ Each worker's watchdog subscribes to one common channel and to one of its own.
 While at least as many subscribe to the common one as take part, nobody asks
 further. When fewer do, the missing are those whose own channel has no
 subscriber. A worker is dead when it was missing at two looks in a row, which
-forgives a watchdog that reconnects at once. After the broker restarted, all
-are missing; each gets time to come back.
+forgives a watchdog that reconnects at once. After the broker was away, all may
+be missing; each gets time to come back.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class Presence:
     _returning: set[str] = field(default_factory=set)
     _return_by: float = 0.0
 
-    def broker_restarted(self, members: Collection[str], return_by: float) -> None:
-        """All connections are new. ``members`` have until ``return_by`` to come back."""
+    def broker_was_away(self, members: Collection[str], return_by: float) -> None:
+        """It was restarted, or didn't answer for a while: any connection may be broken.
+        ``members`` have until ``return_by`` to come back."""
         self._missing.clear()
         self._returning = set(members)
         self._return_by = return_by

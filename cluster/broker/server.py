@@ -19,10 +19,11 @@ MINIMUM_VERSION = (6, 2)
 #: In the order of preference.
 PROGRAMS = ("redis-server", "valkey-server")
 
-#: Connections: a worker keeps six, one more a child after its first result and
-#: two after the first ping; the manager and other clients take their share.
-CONNECTIONS_PER_WORKER = 10
-CONNECTIONS_BESIDES = 200
+#: Connections to make room for. A worker keeps six, two more after the first ping and one
+#: more for each of its children, and a client that is refused waits: rather too many. The
+#: server raises its own limit of open files to fit, as far as it may.
+CONNECTIONS_PER_WORKER = 20
+CONNECTIONS_AT_LEAST = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,22 +135,28 @@ def configuration(
         "protected-mode": "yes",
         "dir": directory,
         "daemonize": "no",
-        "logfile": '""',
+        "logfile": "",
         # No snapshots; the append-only file holds every change, written (not
         # synced) before the client has its answer: it survives the server's
         # death, and the machine's would end the manager too.
-        "save": '""',
+        "save": "",
         "appendonly": "yes",
         "appendfsync": "no",
         # Refuse a write when memory is full; never drop a task.
         "maxmemory-policy": "noeviction",
         # Notice a client that vanished without a word.
         "tcp-keepalive": "10",
-        "maxclients": str(CONNECTIONS_BESIDES + CONNECTIONS_PER_WORKER * max(workers, 1)),
+        "maxclients": str(max(CONNECTIONS_AT_LEAST, CONNECTIONS_PER_WORKER * workers)),
     }
 
 
 def write_configuration(settings: Mapping[str, str]) -> str:
     """The text the server reads from its standard input: never from its arguments,
     which everybody on the machine may read."""
-    return "".join(f"{name} {value}\n" for name, value in settings.items())
+    return "".join(f"{name} {_quoted(value)}\n" for name, value in settings.items())
+
+
+def _quoted(value: str) -> str:
+    """As redis.conf has it: a directory's name may hold spaces and quotes."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -46,7 +46,7 @@ def run(workers: int | None) -> bool:
     elapsed = done - ready
     rate = work / elapsed
     rows = {
-        "workers": f"{count_of_workers} local processes, ready after {ready - began:.1f} s",
+        "workers": f"{count_of_workers} (local processes), ready after {ready - began:.1f} s",
         "tasks": f"{len(spans)}, done in {elapsed:.1f} s",
         "answer": f"{primes:,} primes: "
         + ("right" if right else f"wrong, there are {PRIMES_BELOW:,}"),

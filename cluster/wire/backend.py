@@ -7,11 +7,14 @@ where Celery's own would wait on.
 
 from __future__ import annotations
 
+import threading
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
+from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.utils.log import get_logger
 
 from cluster.wire import ending, identity, keys
@@ -55,6 +58,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
     """``result_backend = "cluster.wire.backend:Backend+redis://…"``."""
 
     ResultConsumer = ResultConsumer
+
+    #: Until when this thread waits for a result, if it does and says so.
+    _waiting = threading.local()
 
     @property
     def has_ended(self) -> bool:
@@ -100,11 +106,22 @@ class Backend(RedisBackend):  # type: ignore[misc]
             logger.warning("The results are out of reach (%s); trying again.", error)
         self.check_open()
         seconds: float = next(intervals)
-        return seconds
+        until = getattr(self._waiting, "until", None)
+        if until is None:
+            return seconds
+        left: float = until - monotonic()
+        if left <= 0:
+            raise ResultTimeoutError("The operation timed out, with the broker out of reach.")
+        return min(seconds, left)
 
     def _wait_for_pending(self, result: Any, **kwargs: Any) -> Any:
         self.check_open()
-        return super()._wait_for_pending(result, **kwargs)
+        timeout = kwargs.get("timeout")
+        self._waiting.until = None if timeout is None else monotonic() + timeout
+        try:
+            yield from super()._wait_for_pending(result, **kwargs)
+        finally:
+            self._waiting.until = None
 
     def _set(self, key: str, value: Any, expires: int | None = None) -> None:
         self.check_open()

@@ -10,25 +10,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery.app.task import Context
-from kombu import serialization
 from kombu.exceptions import KombuError
+from kombu.message import Message
+from kombu.serialization import prepare_accept_content
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """A task that won't be run again: the context its result needs, the last node, how often."""
+    """A message that won't be run again: what it was, the last node, how often.
 
-    request: Context
+    ``request`` is the context that a task's result needs; ``None`` for a
+    message that is no task.
+    """
+
+    request: Context | None
     node: str
     times: int
 
     def __str__(self) -> str:
+        what = (
+            f"Task {self.request.task}[{self.request.id}]"
+            if self.request is not None
+            else "A message that is no task"
+        )
         return (
-            f"Task {self.request.task}[{self.request.id}] was given up: each of the {self.times} "
-            f"times it was run, the process that ran it died, the last time on {self.node}. "
-            "Out of memory, a crash in a C extension and os._exit() do that."
+            f"{what} was given up: each of the {self.times} times it was run, the process that ran "
+            f"it died, the last time on {self.node}. Running out of memory, a crash in a C "
+            "extension, sys.exit() and os._exit() do that; the workers' logs may say which."
         )
 
 
@@ -40,26 +50,40 @@ def read(entry: str | bytes, accept: Collection[str]) -> GivenUp:
         accept: the app's ``accept_content``.
     """
     fields = json.loads(entry)
-    message = json.loads(fields["message"])
-    request = Context(message["headers"], **_embedded(message, accept))
-    return GivenUp(request, fields["node"], fields["times"])
+    return GivenUp(_request(fields["message"], accept), fields["node"], fields["times"])
+
+
+def _request(raw: str, accept: Collection[str]) -> Context | None:
+    """https://docs.celeryq.dev/en/stable/internals/protocol.html"""
+    try:
+        message = json.loads(raw)
+        headers, properties = message["headers"], message["properties"]
+        if not {"id", "task"} <= headers.keys():
+            return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # by another publisher, in another form
+    return Context(
+        headers,
+        delivery_info=properties.get("delivery_info") or {},
+        reply_to=properties.get("reply_to"),
+        correlation_id=properties.get("correlation_id"),
+        **_embedded(message, accept),
+    )
 
 
 def _embedded(message: dict[str, Any], accept: Collection[str]) -> dict[str, Any]:
-    """What a task's body says of its canvas, so that a chord or an error callback hears of it.
-
-    https://docs.celeryq.dev/en/stable/internals/protocol.html
-    """
+    """What a task's body says of its canvas, so that a chord or an error callback hears of it."""
+    body = message["body"]
     try:
-        body = message["body"]
         if message["properties"].get("body_encoding") == "base64":
             body = base64.b64decode(body)
-        _, _, embedded = serialization.loads(
-            body,
-            message["content-type"],
-            message["content-encoding"],
-            accept=serialization.prepare_accept_content(accept),
-        )
+        _, _, embedded = Message(
+            body=body,
+            content_type=message["content-type"],
+            content_encoding=message["content-encoding"],
+            headers=message["headers"],
+            accept=prepare_accept_content(accept),
+        ).decode()
     except (KombuError, ValueError, KeyError, TypeError) as error:
         logger.warning("The body of a task that was given up can't be read: %s", error)
         return {}

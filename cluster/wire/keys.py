@@ -32,6 +32,11 @@ def unacked(node: str) -> str:
     return f"cluster:unacked:{node}"
 
 
+def started(node: str) -> str:
+    """Set: numbers of the hand-outs with an ETA whose tasks have started, for one node."""
+    return f"cluster:started:{node}"
+
+
 def presence(node: str) -> str:
     """The channel that only one node's watchdog subscribes to."""
     return f"cluster:presence:{node}"

@@ -8,14 +8,15 @@ sent now is kept and sent later; both scripts are harmless when repeated.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cluster.wire import identity
@@ -23,6 +24,12 @@ from cluster.wire.scripts import Scripts, is_fenced
 
 #: What a broker that is restarting, or a connection that is, may raise.
 CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, OSError)
+
+#: First words of the errors of a server that can't write for now. redis-py takes some of
+#: them off and makes classes of them.
+REFUSALS = ("MISCONF", "OOM", "READONLY", "NOREPLICAS", "BUSY")
+
+logger = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -32,7 +39,7 @@ class Ledger:
         self.node = node
         self.scripts = Scripts(client)
         self._numbers: dict[str, int] = {}
-        self._unsent: list[Callable[[], None]] = []
+        self._unsent: list[tuple[int, Callable[[], None]]] = []
         self._deadly: set[str] = set()
         self._lock = threading.Lock()
 
@@ -60,20 +67,33 @@ class Ledger:
         """
         self._deadly.add(tag)
 
+    def start(self, tag: str) -> None:
+        """A task that waited for its ETA runs now."""
+        with self._lock:
+            number = self._numbers.get(tag)
+        if number is None:
+            return
+        try:
+            self.scripts.start(self.node, number)
+        except CONNECTION_ERRORS as error:
+            # Should this worker die of it, the death won't count. No harm yet.
+            logger.warning("The broker is away as a task starts (%s).", error)
+
     def _settle(self, tag: str, script: Callable[[str, int], None]) -> None:
         with self._lock:
             number = self._numbers.pop(tag, None)
             if number is None:
                 return
-            self._unsent.append(partial(script, self.node, number))
+            self._unsent.append((number, partial(script, self.node, number)))
         self.flush()
 
     def flush(self) -> None:
         """Send what couldn't be sent; what can't be sent now either stays."""
         with self._lock:
             while self._unsent:
+                _, script = self._unsent[0]
                 try:
-                    guarded(self.node, self._unsent[0])
+                    guarded(self.node, script)
                 except CONNECTION_ERRORS:
                     return
                 self._unsent.pop(0)
@@ -92,7 +112,8 @@ class Ledger:
         """After a lost connection: give back what was handed out and never arrived."""
         self.flush()
         with self._lock:
-            known = list(self._numbers.values())
+            # What is settled here and not yet there is known, too.
+            known = [*self._numbers.values(), *(number for number, _ in self._unsent)]
         guarded(self.node, partial(self.scripts.reconcile, self.node, known))
 
     def release(self, why: str) -> None:
@@ -106,6 +127,19 @@ def guarded(node: str, script: Callable[[], Any]) -> Any:
     try:
         return script()
     except ResponseError as error:
-        if is_fenced(error):
-            identity.fenced(node)
-        raise
+        raise_for(error, node)
+
+
+def raise_for(error: ResponseError, node: str) -> NoReturn:
+    """What a script's error means for ``node``: the fence, a broker that refuses everybody
+    for now and is waited for like one that is away, or a mistake."""
+    if is_fenced(error):
+        identity.fenced(node)
+    if is_refusal(error):
+        raise RedisConnectionError(str(error)) from error
+    raise error
+
+
+def is_refusal(error: ResponseError) -> bool:
+    """Whether the broker can't write at the moment: no room in memory or on disk, or busy."""
+    return isinstance(error, OutOfMemoryError | ReadOnlyError) or str(error).startswith(REFUSALS)

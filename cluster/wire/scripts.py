@@ -31,11 +31,18 @@ if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then
 end
 """
 
-# give_back(entry, returns key, given-up key, most deliveries, node, 'front' or 'back', counted)
+# give_back(entry, returns key, given-up key, most deliveries, node, 'front' or 'back',
+# counted, started). A task with an ETA is held long before it is run, and has killed nobody
+# unless it had started.
 _GIVE_BACK = """
-local function give_back(entry, returns, given_up, most, node, where, counted)
+local function waiting(raw)
+  local fine, message = pcall(cjson.decode, raw)
+  local headers = fine and type(message) == 'table' and message.headers
+  return type(headers) == 'table' and type(headers.eta) == 'string'
+end
+local function give_back(entry, returns, given_up, most, node, where, counted, started)
   local e = cmsgpack.unpack(entry)
-  if counted then
+  if counted and (started or not waiting(e[3])) then
     local digest = redis.sha1hex(e[3])
     local times = redis.call('HINCRBY', returns, digest, 1)
     if times >= most then
@@ -88,7 +95,7 @@ return redis.call('HLEN', KEYS[2])
 """
 )
 
-#: Acknowledge. KEYS: fence, the node's hash, returns. ARGV: node, number.
+#: Acknowledge. KEYS: fence, the node's hash, returns, started. ARGV: node, number.
 ACK = (
     _FENCE
     + """
@@ -96,11 +103,12 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
   local entry = redis.call('HGET', KEYS[2], ARGV[2])
   if entry then redis.call('HDEL', KEYS[3], redis.sha1hex(cmsgpack.unpack(entry)[3])) end
 end
+redis.call('SREM', KEYS[4], ARGV[2])
 return redis.call('HDEL', KEYS[2], ARGV[2])
 """
 )
 
-#: Put back at the end of its queue. KEYS: fence, the node's hash, returns, given up.
+#: Put back at the end of its queue. KEYS: fence, the node's hash, returns, given up, started.
 #: ARGV: node, number, most deliveries, '1' if a process died of it.
 REJECT = (
     _FENCE
@@ -109,13 +117,14 @@ REJECT = (
 local entry = redis.call('HGET', KEYS[2], ARGV[2])
 if not entry then return 0 end
 redis.call('HDEL', KEYS[2], ARGV[2])
-give_back(entry, KEYS[3], KEYS[4], tonumber(ARGV[3]), ARGV[1], 'back', ARGV[4] == '1')
+redis.call('SREM', KEYS[5], ARGV[2])
+give_back(entry, KEYS[3], KEYS[4], tonumber(ARGV[3]), ARGV[1], 'back', ARGV[4] == '1', true)
 return 1
 """
 )
 
 #: Give back what the broker handed out and the node never got (the reply was
-#: lost with the connection). KEYS as REJECT. ARGV: node, the numbers it knows.
+#: lost with the connection). KEYS as REJECT, but for started. ARGV: node, the numbers it knows.
 RECONCILE = (
     _FENCE
     + _GIVE_BACK
@@ -128,7 +137,7 @@ for _, number in ipairs(numbers_of(KEYS[2])) do
   if not known[number] then
     local entry = redis.call('HGET', KEYS[2], number)
     redis.call('HDEL', KEYS[2], number)
-    give_back(entry, KEYS[3], KEYS[4], 0, ARGV[1], 'front', false)
+    give_back(entry, KEYS[3], KEYS[4], 0, ARGV[1], 'front', false, false)
     lost = lost + 1
   end
 end
@@ -137,7 +146,7 @@ return lost
 )
 
 #: Fence a node and give back all it holds, oldest to the front of its queue.
-#: KEYS: fence, the node's hash, returns, given up, workers.
+#: KEYS: fence, the node's hash, returns, given up, workers, started.
 #: ARGV: node, most deliveries, why, '1' if the node died with the messages.
 #: Returns how many messages it held, or -1 if it was fenced before.
 RELEASE = (
@@ -149,9 +158,10 @@ if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[3]) == 0 then return -1 end
 local numbers = numbers_of(KEYS[2])
 for _, number in ipairs(numbers) do
   give_back(redis.call('HGET', KEYS[2], number), KEYS[3], KEYS[4],
-            tonumber(ARGV[2]), ARGV[1], 'front', ARGV[4] == '1')
+            tonumber(ARGV[2]), ARGV[1], 'front', ARGV[4] == '1',
+            redis.call('SISMEMBER', KEYS[6], number) == 1)
 end
-redis.call('DEL', KEYS[2])
+redis.call('DEL', KEYS[2], KEYS[6])
 return #numbers
 """
 )
@@ -230,12 +240,25 @@ class Scripts:
         return reply
 
     def ack(self, node: str, number: int) -> None:
-        self._ack(keys=[keys.FENCED, keys.unacked(node), keys.RETURNS], args=[node, number])
+        self._ack(
+            keys=[keys.FENCED, keys.unacked(node), keys.RETURNS, keys.started(node)],
+            args=[node, number],
+        )
+
+    def start(self, node: str, number: int) -> None:
+        """A task with an ETA runs now. For the others, being taken is being started."""
+        self.client.sadd(keys.started(node), number)
 
     def reject(self, node: str, number: int, *, died: bool, most: int = MAX_DELIVERIES) -> None:
         """Put a message back; ``died``: its task took a process with it, which counts."""
         self._reject(
-            keys=[keys.FENCED, keys.unacked(node), keys.RETURNS, keys.GIVEN_UP],
+            keys=[
+                keys.FENCED,
+                keys.unacked(node),
+                keys.RETURNS,
+                keys.GIVEN_UP,
+                keys.started(node),
+            ],
             args=[node, number, most, int(died)],
         )
 
@@ -253,7 +276,14 @@ class Scripts:
         Returns how many messages it held, or -1 if it had been fenced before.
         """
         held: int = self._release(
-            keys=[keys.FENCED, keys.unacked(node), keys.RETURNS, keys.GIVEN_UP, keys.WORKERS],
+            keys=[
+                keys.FENCED,
+                keys.unacked(node),
+                keys.RETURNS,
+                keys.GIVEN_UP,
+                keys.WORKERS,
+                keys.started(node),
+            ],
             args=[node, most, why, int(died)],
         )
         return held

@@ -30,11 +30,13 @@ from kombu.log import get_logger
 from kombu.transport import redis as kombu_redis
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cluster.wire import ending, identity, keys
-from cluster.wire.ledger import CONNECTION_ERRORS, Ledger
-from cluster.wire.scripts import is_fenced, take_arguments
+from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, raise_for
+from cluster.wire.scripts import take_arguments
 
 logger = get_logger(__name__)
 
@@ -130,7 +132,8 @@ class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
             return super().on_readable(fileno)
         try:
             return super().on_readable(fileno)
-        except CONNECTION_ERRORS as error:
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            # redis-py's own only: a consumer's callback may raise an OSError.
             self._lost(error)
 
     def _lost(self, error: Exception) -> None:
@@ -170,6 +173,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             self._acknowledged.add(queue)
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
+    @property
+    def has_take_outstanding(self) -> bool:
+        """Whether a message may be on its way to this channel."""
+        return bool(self._takes and self._in_poll and not self._waiting)
+
     # -- taking ---------------------------------------------------------------
 
     def _brpop_start(self, timeout: float | None = None) -> None:
@@ -204,9 +212,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             self.ledger.scripts.client.script_load(script.script)
             raise Empty from None
         except ResponseError as error:
-            if is_fenced(error):
-                identity.fenced(str(self.node))
-            raise
+            raise_for(error, str(self.node))
         except CONNECTION_ERRORS:
             connection.disconnect()
             raise
@@ -216,7 +222,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             raise Empty  # woken, or time to look: take on the next turn
         if isinstance(reply, int):
             self._waiting = True
-            self.ledger.compare(reply)
+            if not any(channel.has_take_outstanding for channel in self.connection.channels):
+                self.ledger.compare(reply)
             raise Empty
         return self._hand_out(reply)
 
@@ -230,7 +237,13 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             message.setdefault("headers", {})["redelivered"] = True
             message["properties"].setdefault("delivery_info", {})["redelivered"] = True
         self._queue_cycle.rotate(queue)
-        self.connection._deliver(message, queue)
+        try:
+            self.connection._deliver(message, queue)
+        except BaseException:
+            # A consumer's own mistake; Celery's reports what is wrong with a
+            # task by itself. Somebody else may do better.
+            self.ledger.reject(tag)
+            raise
         if queue not in self._acknowledged:
             self.ledger.ack(tag)
         return True

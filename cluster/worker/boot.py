@@ -53,6 +53,7 @@ def _run(settings: WorkerSettings) -> int:
     from cluster.wire import identity
     from cluster.worker.drain import Drain
     from cluster.worker.processes import end_now, mark_main
+    from cluster.worker.request import use_for_all_tasks
     from cluster.worker.watchdog import Watchdog
 
     node = identity.new_node_name(settings.worker)
@@ -71,10 +72,11 @@ def _run(settings: WorkerSettings) -> int:
     # Before the app is imported: that may take minutes, or never end.
     watchdog.start()
     binding.set_defaults()
+    use_for_all_tasks()
     ref = appref.AppRef.from_fields(settings.app)
     try:
         app = appref.import_app(ref)
-    except Exception:  # noqa: BLE001 (it is the user's code)
+    except (Exception, SystemExit):  # noqa: BLE001 (it is the user's code)
         traceback.print_exc()
         print(f"The app can't be imported from {ref.script or ref.home}.", file=sys.stderr)
         return ExitCode.IMPORT_FAILED
@@ -85,7 +87,6 @@ def _run(settings: WorkerSettings) -> int:
 def _serve(
     app: Celery, settings: WorkerSettings, node: str, drain: Drain, watchdog: Watchdog
 ) -> int:
-    from celery.app.task import Task
     from celery.exceptions import SecurityWarning
     from celery.signals import worker_process_init, worker_ready
 
@@ -94,7 +95,6 @@ def _serve(
 
     # It runs as whoever started it does, and in a container that is mostly root.
     warnings.simplefilter("ignore", SecurityWarning)
-    Task.Request = "cluster.worker.request:Request"
     worker = app.Worker(
         hostname=node,
         pool="prefork",

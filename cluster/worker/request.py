@@ -4,25 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
+import celery.worker.request
 from celery.exceptions import Reject
 from celery.worker.request import Request as CeleryRequest
+from celery.worker.state import task_ready
 
 from cluster.wire.transport import current_ledger
 
 
 class Request(CeleryRequest):  # type: ignore[misc]
-    """``Task.Request`` in a worker of ours."""
+    """What stands for a message in a worker of ours."""
 
     _wanted_back = False
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
         exception = exc_info.exception
         # Celery wraps what a task raised to keep its traceback.
-        self._wanted_back = isinstance(getattr(exception, "exc", exception), Reject)
+        exception = getattr(exception, "exc", exception)
+        self._wanted_back = isinstance(exception, Reject)
+        if isinstance(exception, MemoryError):
+            # Celery would end the whole worker (celery/worker/request.py,
+            # on_failure), and the task would be run again by the next one. The
+            # process that raised it has lived to store it as the task's result.
+            task_ready(self)
+            if self.task.acks_late:
+                self.acknowledge()
+            return None
         return super().on_failure(exc_info, *args, **kwargs)
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        ledger = current_ledger()
+        if self.eta and ledger is not None:
+            ledger.start(self.message.delivery_tag)
+        super().on_accepted(pid, time_accepted)
 
     def reject(self, requeue: bool = False) -> None:
         ledger = current_ledger()
         if requeue and not self._wanted_back and ledger is not None:
             ledger.note_death(self.message.delivery_tag)
         super().reject(requeue=requeue)
+
+
+def use_for_all_tasks() -> None:
+    """Make it Celery's, before the app is imported: a request class of the app's own then
+    inherits from it, too."""
+    celery.worker.request.Request = Request

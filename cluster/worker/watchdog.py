@@ -66,6 +66,7 @@ class Watchdog(threading.Thread):
             retry=Retry(NoBackoff(), 0),
         )
         self._pubsub: Any = None
+        self._connected = False
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def run(self) -> None:
@@ -79,8 +80,11 @@ class Watchdog(threading.Thread):
                     self._client.ping()
                     self._reached = time.monotonic()
             except CONNECTION_ERRORS:
-                self._disconnect()
-                time.sleep(TURN)  # the pause between attempts
+                # At once, if it was this connection alone: the guardian doesn't
+                # wait long. Where there is no broker, with pauses.
+                was_connected = self._disconnect()
+                if not was_connected:
+                    time.sleep(TURN)
 
     def _check(self) -> None:
         if self._parent and os.getppid() != self._parent:
@@ -104,6 +108,7 @@ class Watchdog(threading.Thread):
         if grace is not None:
             self._leave(float(grace))
         self._reached = time.monotonic()
+        self._connected = True
 
     def _listen(self) -> None:
         message = self._pubsub.get_message(timeout=TURN)
@@ -122,16 +127,20 @@ class Watchdog(threading.Thread):
             end_now(ExitCode.LEFT)  # it still boots, and holds nothing
         self._drain.begin(ExitCode.LEFT, grace)
 
-    def _disconnect(self) -> None:
+    def _disconnect(self) -> bool:
+        """Let go of the connection; returns whether there was one."""
+        was_connected, self._connected = self._connected, False
         if self._pubsub is not None:
             self._pubsub.close()
             self._pubsub = None
         self._client.connection_pool.disconnect()
+        return was_connected
 
     def _after_fork_in_child(self) -> None:
         # A child that outlives this process must not keep its sign of life
         # alive. Closed, not shut down: that would end the parent's as well.
         connection = getattr(self._pubsub, "connection", None)
         sock = getattr(connection, "_sock", None)
-        if sock is not None:
+        self._pubsub = None
+        if sock is not None and sock.fileno() >= 0:
             os.close(sock.detach())

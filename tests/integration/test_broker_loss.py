@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 from celery.exceptions import TimeoutError as ResultTimeoutError
-from sampleapp import add, app, wait_for
+from sampleapp import add, app, kill_own_process, wait_for
 
 import cluster
+from cluster.binding import Binding
 from cluster.model import State
 
 
@@ -97,10 +98,55 @@ def test_a_broker_that_dies_again_and_again_is_given_up(tmp_path: Path):
 
         def kill_and_wait() -> None:
             for _ in range(300):
-                if server_of(c).is_running():
+                with contextlib.suppress(psutil.NoSuchProcess):
                     server_of(c).kill()
                 with contextlib.suppress(ResultTimeoutError):
                     result.get(timeout=0.1)
 
         with pytest.raises(cluster.BrokerLost, match="again and again"):
             kill_and_wait()
+
+
+def test_a_loss_in_the_middle_of_giving_up_hangs_nobody(tmp_path: Path, monkeypatch):
+    """The supervisor stores a result when the broker goes for good: all are told."""
+    original = Binding.fail_task
+
+    def lose_all(self: Binding, *arguments: object) -> None:
+        guardian_of(c).kill()
+        server_of(c).kill()
+        original(self, *arguments)
+
+    monkeypatch.setattr(Binding, "fail_task", lose_all)
+    with cluster.start(1, app=app) as c:
+        result = kill_own_process.delay(str(tmp_path / "log"))
+        with pytest.raises(cluster.BrokerLost):
+            result.get(timeout=60)
+
+
+def test_a_get_keeps_its_timeout_while_the_broker_is_away(eventually):
+    with cluster.start(0, app=app) as c:
+        result = add.delay(1, 1)
+        guardian = guardian_of(c)
+        guardian.suspend()
+        server = server_of(c)
+        server.kill()
+        eventually(lambda: server.status() == psutil.STATUS_ZOMBIE, "the server is dead")
+        with pytest.raises(ResultTimeoutError):
+            result.get(timeout=0.5)
+        guardian.resume()
+
+
+def test_a_broker_that_refuses_writes_for_a_while_is_waited_for(tmp_path: Path, eventually):
+    """As with a full disk: what ends meanwhile is settled afterwards, once."""
+    log, go = tmp_path / "log", tmp_path / "go"
+    with cluster.start(1, app=app) as c:
+        result = wait_for.delay(str(go), str(log))
+        eventually(log.exists, "the task runs")
+        c._client.config_set("min-replicas-to-write", 1)
+        go.touch()
+        eventually(lambda: "out of reach" in str(c.logs()), "the worker can't store its result")
+        c._client.config_set("min-replicas-to-write", 0)
+        assert result.get(timeout=30) == "done"
+        assert add.delay(1, 1).get(timeout=30) == 2
+        assert c.state is State.READY
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["start", "end"]

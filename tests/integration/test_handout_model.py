@@ -25,6 +25,7 @@ from tools import wait_until
 from cluster.broker.guardian import free_port
 from cluster.broker.server import configuration, find_server, write_configuration
 from cluster.wire import keys
+from cluster.wire.ledger import Ledger
 from cluster.wire.scripts import Scripts, is_fenced, is_taken
 
 QUEUES = ("celery", "other")
@@ -74,6 +75,7 @@ class HandOut(RuleBasedStateMachine):
         self.dead: dict[str, list[int]] = {}  # and what they once held
         self.returns: dict[bytes, int] = {}
         self.given_up: list[bytes] = []
+        self.started: set[int] = set()
         self.published = 0
 
     # -- what happens ---------------------------------------------------------
@@ -93,11 +95,12 @@ class HandOut(RuleBasedStateMachine):
         assert is_taken(caught.value)
         self.holds[node] = {}
 
-    @rule(queue=st.sampled_from(QUEUES), count=st.integers(1, 5))
-    def publish(self, queue: str, count: int) -> None:
+    @rule(data=st.data(), queue=st.sampled_from(QUEUES), count=st.integers(1, 5))
+    def publish(self, data: st.DataObject, queue: str, count: int) -> None:
         for _ in range(count):
             self.published += 1
-            raw = f"message {self.published}".encode()
+            eta = '"2030-01-01"' if data.draw(st.booleans()) else "null"
+            raw = f'{{"headers": {{"eta": {eta}}}, "n": {self.published}}}'.encode()
             self.client.lpush(queue, raw)
             self.client.lpush(keys.wake(queue), "1")
             self.queues[queue].append(raw)
@@ -119,6 +122,15 @@ class HandOut(RuleBasedStateMachine):
             assert raw == self.queues[expected].pop(0)
             assert returned == self.returns.get(raw, 0)
             self.holds[node][number] = (expected, raw)
+
+    @precondition(lambda self: any(self.holds.values()))
+    @rule(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        """A task runs; only one with an ETA needs to say so."""
+        node, number = self.some_message(data)
+        if waits(self.holds[node][number][1]):
+            self.scripts.start(node, number)
+            self.started.add(number)
 
     @precondition(lambda self: any(self.holds.values()))
     @rule(data=st.data())
@@ -156,7 +168,8 @@ class HandOut(RuleBasedStateMachine):
         assert self.scripts.release(node, "it is gone", died=died, most=MOST) == len(held)
         assert self.scripts.release(node, "once more", died=died, most=MOST) == -1
         for number in sorted(held, reverse=True):
-            self.give_back(held[number], front=True, counted=died)
+            ran = number in self.started or not waits(held[number][1])
+            self.give_back(held[number], front=True, counted=died and ran)
         self.dead[node] = list(held)
 
     @precondition(lambda self: self.dead)
@@ -208,6 +221,12 @@ class HandOut(RuleBasedStateMachine):
         assert {node.decode() for node in self.client.hkeys(keys.FENCED)} == set(self.dead)
         assert {node.decode() for node in self.client.hkeys(keys.WORKERS)} == set(self.holds)
         assert self.client.hlen(keys.RETURNS) == len(self.returns)
+        for node in self.dead:
+            assert not self.client.exists(keys.unacked(node), keys.started(node))
+
+
+def waits(raw: bytes) -> bool:
+    return json.loads(raw)["headers"]["eta"] is not None
 
 
 def test_no_message_is_lost_or_doubled(client: redis.Redis):
@@ -222,3 +241,93 @@ def test_no_message_is_lost_or_doubled(client: redis.Redis):
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_what_is_settled_here_and_not_yet_there_is_not_given_back(client: redis.Redis):
+    """An acknowledgement that couldn't be sent before the ledger is compared."""
+    client.flushall()
+    client.lpush("q", b"m")
+    ledger = Ledger("n@h", client)
+    _, number, _, _ = ledger.scripts.take("n@h", ["q"], ["q"])
+    ledger.hold("tag", number)
+
+    def away(*_: object) -> None:
+        raise redis.exceptions.ConnectionError("away")
+
+    original, ledger.scripts.ack = ledger.scripts.ack, away
+    ledger.ack("tag")
+    ledger.reconcile()
+    assert client.llen("q") == 0
+    assert client.hlen(keys.unacked("n@h")) == 1
+    ledger._unsent = [(number, lambda: original("n@h", number))]
+    ledger.compare(1)
+    ledger.flush()
+    assert client.hlen(keys.unacked("n@h")) == 0
+
+
+TWO_CHANNELS = """
+import os, sys
+from queue import Empty
+from kombu import Connection
+from cluster.wire import identity
+identity.assume("n@h", lambda: sys.exit("fenced"))
+connection, got = Connection(sys.argv[1], transport="cluster.wire.transport:Transport"), []
+def channel(queue, callback):
+    made = connection.channel()
+    made.queue_declare(queue)
+    made.exchange_declare("e", "direct")
+    made.queue_bind(queue, "e", queue)
+    made.basic_consume(queue, False, callback, queue)
+    connection.transport.cycle._register_BRPOP(made)
+    try: made._brpop_read()  # the script is loaded, or there is nothing
+    except Empty: pass
+    made._waiting = False
+    return made
+def wait(made):
+    sock = made.client.connection._sock
+    import select
+    assert select.select([sock], [], [], 10)[0]
+"""
+
+
+def run_two_channels(client: redis.Redis, text: str, run_script, tmp_path) -> str:
+    client.flushall()
+    script = tmp_path / "channels.py"
+    script.write_text(TWO_CHANNELS + text)
+    port = client.connection_pool.connection_kwargs["port"]
+    done = run_script(script, f"redis://:pw@127.0.0.1:{port}/0")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_message_on_its_way_to_one_channel_is_not_missed_by_another(
+    client: redis.Redis, run_script, tmp_path
+):
+    """The one finds more recorded than it knows of while the other's reply is unread."""
+    text = """
+a, b = [channel(queue, lambda message: got.append(message.payload)) for queue in ("qa", "qb")]
+with Connection(sys.argv[1]) as other: other.SimpleQueue("qb").put("hello")
+b._brpop_start(); wait(b)
+a._brpop_start(); wait(a)
+try: a._brpop_read()
+except Empty: pass
+b._brpop_read()
+print(got, b._size("qb"), flush=True)
+os._exit(0)
+"""
+    assert run_two_channels(client, text, run_script, tmp_path) == "['hello'] 0"
+
+
+def test_a_consumer_that_raises_leaves_the_message_to_others(
+    client: redis.Redis, run_script, tmp_path
+):
+    text = """
+def callback(message): raise FileNotFoundError("a mistake of the consumer's")
+a = channel("qa", callback)
+with Connection(sys.argv[1]) as other: other.SimpleQueue("qa").put("hello")
+a._brpop_start(); wait(a)
+try: a._brpop_read()
+except FileNotFoundError: print(a._size("qa"), flush=True)
+os._exit(0)
+"""
+    assert run_two_channels(client, text, run_script, tmp_path) == "1"

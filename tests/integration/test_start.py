@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -123,6 +125,53 @@ def test_running_tasks_may_finish_within_the_grace(tmp_path: Path, eventually):
     assert log.read_text().splitlines()[-1] == "end"
 
 
+def test_who_interrupts_a_stop_hastens_it(tmp_path: Path, eventually):
+    """Ctrl-C in the middle of it: the grace is over, nothing is left, KeyboardInterrupt follows."""
+    c = cluster.start(1, app=app)
+    log = tmp_path / "log"
+    wait_for.delay(str(tmp_path / "never"), str(log))
+    eventually(log.exists, "the task runs")
+
+    def interrupt() -> None:
+        eventually(lambda: c.state is State.STOPPING, "the stop has begun")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        c.stop(timeout=600)
+    thread.join()
+    assert c.state is State.STOPPED
+
+
+def test_a_handler_that_stops_in_the_middle_of_a_stop_does_no_harm(tmp_path: Path, eventually):
+    c = cluster.start(1, app=app)
+    log, go = tmp_path / "log", tmp_path / "go"
+    wait_for.delay(str(go), str(log))
+    eventually(log.exists, "the task runs")
+    called = []
+
+    def handle(*_: object) -> None:
+        c.stop()
+        called.append(c.state)
+        go.touch()
+
+    def send() -> None:
+        eventually(lambda: c.state is State.STOPPING, "the stop has begun")
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        c.stop(timeout=30)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert called == [State.STOPPING]
+    assert c.state is State.STOPPED
+
+
 def test_concurrency_runs_tasks_side_by_side(tmp_path: Path, eventually):
     """One worker with two processes has two tasks running at once."""
     logs, go = [tmp_path / "1", tmp_path / "2"], tmp_path / "go"
@@ -191,6 +240,80 @@ def test_tasks_in_a_module_beside_the_script(tmp_path: Path, run_script):
     )
     done = run_script(script)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+ARGUMENTS = """
+import argparse
+import cluster
+from celery import Celery
+app = Celery("arguments")
+parser = argparse.ArgumentParser()
+parser.add_argument("--factor", type=int, required=True)
+options = parser.parse_args()
+@app.task
+def times(x): return x * options.factor
+if __name__ == "__main__":
+    with cluster.start(1): print(times.delay(3).get(timeout=30))
+"""
+
+
+def test_a_script_that_reads_its_arguments_reads_the_same_in_a_worker(tmp_path: Path, run_script):
+    done = run_script(write(tmp_path / "arguments.py", ARGUMENTS), "--factor", "5")
+    assert (done.returncode, done.stdout) == (0, "15\n"), done.stderr
+
+
+IN_A_THREAD = """
+import threading
+import cluster
+from celery import Celery
+app = Celery("threaded")
+@app.task
+def one(): return 1
+def main():
+    with cluster.start(1): print(one.delay().get(timeout=30))
+if __name__ == "__main__":
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_in_a_thread_the_only_app_is_meant(tmp_path: Path, run_script):
+    """Celery's current app is each thread's own."""
+    done = run_script(write(tmp_path / "threaded.py", IN_A_THREAD))
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+SHARED_ONLY = """
+import cluster
+from celery import shared_task
+@shared_task
+def one(): return 1
+if __name__ == "__main__":
+    with cluster.start(1): print(one.delay().get(timeout=30))
+"""
+
+
+def test_shared_tasks_need_no_app(tmp_path: Path, run_script):
+    done = run_script(write(tmp_path / "shared.py", SHARED_ONLY))
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+GUARDED_APP = """
+import cluster
+from celery import Celery
+if __name__ == "__main__":
+    app = Celery("guarded")
+    @app.task
+    def one(): return 1
+    cluster.start(1)
+"""
+
+
+def test_an_app_that_only_the_script_makes_is_explained(tmp_path: Path, run_script):
+    done = run_script(write(tmp_path / "guarded.py", GUARDED_APP))
+    assert done.returncode == 1
+    assert "Make the app at the top level" in done.stderr
 
 
 def test_tasks_on_standard_input_are_refused(run_script):
@@ -274,6 +397,46 @@ def test_a_worker_that_never_gets_ready_ends_at_the_deadline(module):
     assert caught.value.elapsed >= 2
     [status] = caught.value.statuses.values()
     assert status.phase is Phase.RUNNING
+
+
+NO_CONTROL = """
+from celery import Celery
+app = Celery("deaf")
+app.conf.worker_enable_remote_control = False
+@app.task
+def one(): return 1
+"""
+
+
+def test_an_app_that_switched_remote_control_off_gets_ready_all_the_same(module):
+    name = module("deaf", NO_CONTROL)
+    with cluster.start(1, app=f"{name}:app"):
+        assert sys.modules[name].one.delay().get(timeout=30) == 1
+
+
+PREFIXED = """
+from celery import Celery
+app = Celery("prefixed")
+app.conf.broker_transport_options = {"global_keyprefix": "mine:", "ack_emulation": False}
+@app.task
+def one(): return 1
+"""
+
+
+def test_transport_options_that_would_part_manager_and_workers_are_ours(module):
+    name = module("prefixed", PREFIXED)
+    with cluster.start(1, app=f"{name}:app", timeout=20):
+        assert sys.modules[name].one.delay().get(timeout=30) == 1
+
+
+def test_a_temporary_directory_may_have_any_name(tmp_path: Path, monkeypatch):
+    directory = tmp_path / 'a "b" \\ c'
+    directory.mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with cluster.start(1, app=app):
+        assert add.delay(1, 1).get(timeout=30) == 2
+    assert not list(directory.iterdir())
 
 
 DIES = """

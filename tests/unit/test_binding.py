@@ -121,6 +121,17 @@ def test_the_app_is_the_one_given_or_the_current():
     assert find_app(celery.current_app) is app
 
 
+def test_in_a_thread_without_a_current_app_it_is_the_only_one(monkeypatch):
+    monkeypatch.setattr(celery._state._tls, "current_app", None)
+    monkeypatch.setattr(celery._state, "_get_active_apps", lambda: {app, celery._state.default_app})
+    assert find_app(None) is app
+    monkeypatch.setattr(celery._state, "_get_active_apps", lambda: {app, Celery("another")})
+    with pytest.raises(cluster.ConfigurationError, match="There are 2"):
+        find_app(None)
+    monkeypatch.setattr(celery._state, "_get_active_apps", set)
+    assert locate(find_app(None)).home == "", "the one that Celery makes has no module"
+
+
 def test_binding_gives_back_all_it_took():
     mine = Celery("mine", broker="amqp://elsewhere//")
     mine.conf.broker_transport_options = {"visibility_timeout": 5, "socket_timeout": 99}

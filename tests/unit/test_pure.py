@@ -99,7 +99,7 @@ def test_a_worker_that_reconnects_at_once_is_forgiven():
 
 def test_after_a_restart_of_the_broker_all_may_come_back():
     presence = Presence()
-    presence.broker_restarted(["a", "b"], return_by=10.0)
+    presence.broker_was_away(["a", "b"], return_by=10.0)
     assert presence.must_ask(2, 0)
     for now in (0.1, 0.2, 5.0):
         assert presence.look({"a": 0, "b": 0}, now) == set()

@@ -81,6 +81,7 @@ def test_the_configuration_keeps_to_one_address_and_loses_no_task():
     assert settings["requirepass"] == "secret"
     assert settings["maxmemory-policy"] == "noeviction"
     assert (settings["appendonly"], settings["appendfsync"]) == ("yes", "no")
-    assert int(settings["maxclients"]) >= 100 * 10
-    text = server.write_configuration(settings)
-    assert "port 7000\n" in text and text.endswith("\n")
+    assert int(settings["maxclients"]) >= 10_000
+    text = server.write_configuration({**settings, "dir": '/a "b" \\c'})
+    assert 'port "7000"\n' in text and 'save ""\n' in text
+    assert r'dir "/a \"b\" \\c"' in text

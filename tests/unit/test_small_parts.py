@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -51,6 +52,44 @@ def test_without_progress_nothing_is_shown(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_with_standard_error_closed_nothing_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Display(None) as display:
+        display.show("1 of 2")
+    assert capsys.readouterr().out == ""
+
+
+def test_interrupts_wait_until_they_do_no_harm():
+    steps = []
+
+    def interrupted() -> None:
+        with leaving.interrupts_held() as hurry:
+            assert not hurry.asked
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert hurry.asked
+            steps.append("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert steps == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_one_interrupt_is_not_raised_twice():
+    """A with block that Ctrl-C left is being closed when the second one comes."""
+
+    def leave() -> None:
+        try:
+            raise KeyboardInterrupt("the first")
+        finally:
+            with leaving.interrupts_held():
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="the first"):
+        leave()
+
+
 def test_what_is_left_at_exit_is_stopped_in_this_process_only(monkeypatch):
     stopped = []
     monkeypatch.setattr(leaving, "_stops", {})
@@ -65,8 +104,6 @@ def test_what_is_left_at_exit_is_stopped_in_this_process_only(monkeypatch):
 
 
 def test_sigterm_becomes_an_exit_while_a_cluster_lives(monkeypatch):
-    import signal
-
     monkeypatch.setattr(leaving, "_stops", {})
     before = signal.getsignal(signal.SIGTERM)
     assert before is signal.SIG_DFL
