@@ -60,6 +60,9 @@ EXIT_ALLOWANCE = 1.0
 #: Seconds between looks at workers that are leaving.
 LOOK_EVERY = 0.02
 
+#: Failed workers whose logs go into an error.
+LOGS_SHOWN = 5
+
 #: What a result raises that hadn't come by then.
 STOPPED = ClusterError(
     "The cluster has been stopped before this result came. Get results before you leave the with "
@@ -383,15 +386,16 @@ class Cluster:
             reasons = sorted({seat.status.reason for seat in failed})
             why = f"{len(failed)} failed: {'; '.join(reasons)}."
         elif coming:
-            why = (
-                "The others are still starting; what they have written so far follows, if anything."
-            )
+            why = "The others are still starting; what they wrote so far, if anything, follows."
         else:
             why = "No more are starting."
         shown: Sequence[WorkerRef] = [seat.ref for seat in failed] or list(statuses)
-        logs = {ref.id: tuple(self.launcher.logs(ref, tail=LOG_TAIL)) for ref in shown}
-        # Workers that fail at the start mostly fail alike: each way of failing is told once.
-        logs = {worker: lines for lines, worker in {v: k for k, v in logs.items()}.items()}
+        logs: dict[str, Sequence[str]] = {}
+        for ref in shown[:LOGS_SHOWN]:
+            lines = self.launcher.logs(ref, tail=LOG_TAIL)
+            # Workers that fail at the start mostly fail alike.
+            if lines not in logs.values():
+                logs[ref.id] = lines
         return WorkersNotReady(
             f"{ready} of {wanted} workers were ready after {elapsed:.1f} s (minimum {minimum}). "
             f"{why}",
