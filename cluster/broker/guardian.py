@@ -12,6 +12,7 @@ It runs as ``python -m cluster.broker.guardian``, in a session of its own; see
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import selectors
 import shutil
@@ -66,6 +67,9 @@ PORT_ATTEMPTS = 5
 
 #: Seconds that workers get at the end to hear of it before the server goes.
 FAREWELL = 1.5
+
+#: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+PR_SET_PDEATHSIG = 1
 
 #: Lines of the server's log that go into an error.
 LOG_TAIL = 20
@@ -139,7 +143,11 @@ class Guardian:
         )
         with self.log.open("ab") as log:
             self.server = subprocess.Popen(
-                [self.order.server, "-"], stdin=subprocess.PIPE, stdout=log, stderr=log
+                [self.order.server, "-"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 (the guardian has no threads)
             )
         assert self.server.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.server.stdin as stdin:
@@ -321,6 +329,13 @@ class Guardian:
             return
         except BrokenPipeError:
             self._outbox.clear()
+
+
+def _end_with_parent() -> None:
+    """In the server's process: when somebody kills the guardian as well as the manager, Linux
+    ends it. The guardian has one thread, at whose end the signal is sent (prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_port(host: str) -> int:

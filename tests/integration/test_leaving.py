@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,6 +84,25 @@ def test_nothing_is_left(way: str, tmp_path: Path, traces: Traces, eventually):
         assert manager.wait(10) == code, manager.stderr.read()
         traces.check_gone()
         assert not listens(port)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell the server")
+def test_no_process_outlives_manager_and_guardian(tmp_path: Path, traces: Traces, eventually):
+    """kill -9 of every Python process at once; only the directory stays."""
+    script = tmp_path / "leaver.py"
+    script.write_text(MANAGER.replace("{way}", "running[0].get()"))
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as manager:
+        assert manager.stdout is not None
+        manager.stdout.readline()
+        for process in traces.processes():
+            if "server" not in process.name():
+                process.kill()
+        manager.wait(10)
+    eventually(lambda: not traces.processes(), "the server has ended, too", timeout=5)
+    for left in traces.directory.iterdir():
+        shutil.rmtree(left)
 
 
 def waits_for_a_result(pid: int) -> bool:
