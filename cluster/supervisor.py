@@ -39,6 +39,9 @@ TURN = 0.1
 #: What stands for a worker that couldn't even be launched.
 REFUSED = WorkerStatus(Phase.MISSING)
 
+#: Seconds for the turn that is under way to end.
+END_TIMEOUT = 10.0
+
 #: Registrations taken in one turn.
 AT_ONCE = 1000
 
@@ -117,10 +120,13 @@ class Supervisor(threading.Thread):
         self._ending.set()
 
     def end(self) -> None:
-        """No more turns. Returns when the thread is done."""
+        """No more turns. Returns when the thread is done, or hangs."""
         self._ending.set()
         if self.is_alive():
-            self.join()
+            self.join(END_TIMEOUT)
+        if self.is_alive():
+            logger.warning("The supervisor hangs in its launcher %s.", self._launcher.name)
+            return
         self._pinger.close()
 
     # -- the thread ------------------------------------------------------------------

@@ -72,11 +72,16 @@ class Membership:
         # before it can be told dead, and then again after five seconds
         # (celery/concurrency/asynpool.py, _event_process_exit).
         look_after_children = Wake()
-        look_after_children.attach(hub, self._worker.pool._pool.maintain_pool)
+        look_after_children.attach(hub, self._look_after_children)
         reset_in_children(signal.SIGCHLD)
         signal.signal(signal.SIGCHLD, look_after_children)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+
+    def _look_after_children(self) -> None:
+        pool = self._worker.pool._pool
+        if pool is not None:  # it is being shut down
+            pool.maintain_pool()
 
     def _on_signal(self, *_: Any) -> None:
         self._drain.begin(ExitCode.PLATFORM_NOTICE, DRAIN_GRACE)
