@@ -157,7 +157,7 @@ def test_a_worker_that_its_platform_ends_hands_its_work_back(tmp_path: Path, eve
 def test_a_task_that_waits_for_its_time_has_killed_nobody(tmp_path: Path, eventually):
     """However many workers are lost meanwhile; once it runs and kills, it counts."""
     with cluster.start(1, app=app) as c:
-        later = add.apply_async((1, 2), countdown=6)
+        later = add.apply_async((1, 2), countdown=8)
         for _ in range(3):
             [node] = c.workers
             held = keys.unacked(node)
@@ -184,7 +184,7 @@ def test_a_worker_whose_connection_breaks_is_not_taken_for_dead(tmp_path: Path, 
         before = c.workers
         result = wait_for.delay(str(go), str(log))
         eventually(lambda: lines(log), "the task runs")
-        for _ in range(5):
+        for _ in range(3):
             killed = {client["id"] for client in c._client.client_list() if client["sub"] == "2"}
             assert len(killed) == 2
             for id_ in killed:
