@@ -23,7 +23,6 @@ from cluster.errors import (
     ConfigurationError,
     LaunchError,
     StateError,
-    VersionMismatch,
     WorkerLost,
     WorkersNotReady,
 )
@@ -46,7 +45,6 @@ __all__ = [
     "ConfigurationError",
     "LaunchError",
     "StateError",
-    "VersionMismatch",
     "WorkerLost",
     "WorkersNotReady",
     "__version__",

@@ -10,8 +10,7 @@
     │   └── BrokerLost                              the broker is gone and can't come back
     ├── LaunchError                                 the platform refused or failed to start workers
     ├── WorkersNotReady      (also a TimeoutError)  too few workers at the deadline
-    ├── WorkerLost                                  a task kills its workers, or none are left
-    └── VersionMismatch                             a worker of another version of this package
+    └── WorkerLost                                  a task kills its workers, or none are left
 
 Data travels as attributes; the message is for people and says what to do.
 An exception that a task's result carries (``WorkerLost``, ``BrokerLost``) can
@@ -34,7 +33,6 @@ __all__ = [
     "ConfigurationError",
     "LaunchError",
     "StateError",
-    "VersionMismatch",
     "WorkerLost",
     "WorkersNotReady",
 ]
@@ -116,10 +114,6 @@ class WorkersNotReady(ClusterError, TimeoutError):
 
 class WorkerLost(ClusterError):
     """A task took its workers with it again and again, or no worker is left to run it."""
-
-
-class VersionMismatch(ClusterError):
-    """A worker runs another version of this package than its manager."""
 
 
 def _with_log(message: str, logs: Mapping[str, Sequence[str]]) -> str:

@@ -281,7 +281,7 @@ class Cluster:
         try:
             self._broker = Broker(
                 plan.server,
-                host=plan.launcher.reach().host,
+                host=plan.host,
                 secret=new_secret(),
                 directory=directory,
                 workers=plan.workers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import warnings
@@ -30,6 +31,7 @@ class Plan:
     app: Celery
     ref: AppRef
     launcher: Launcher
+    host: str  # where the broker listens
     server: Server
     workers: int
     minimum: int
@@ -88,6 +90,7 @@ def make_plan(
         app=found,
         ref=ref,
         launcher=made,
+        host=_host(made),
         server=find_server(settings.broker_server),
         workers=wanted,
         minimum=least,
@@ -100,3 +103,14 @@ def count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ConfigurationError(f"{name}={value!r}: give a whole number, 0 or more.")
     return value
+
+
+def _host(launcher: Launcher) -> str:
+    """Where the broker is to listen: on loopback, since it speaks in the clear."""
+    reach = launcher.reach()
+    if reach.tls or not ipaddress.ip_address(reach.host).is_loopback:
+        raise ConfigurationError(
+            f"The launcher {launcher.name!r} needs a broker that listens on {reach.host}, which "
+            "takes TLS, and this version of celery-cluster has none."
+        )
+    return reach.host

@@ -23,9 +23,6 @@ RETURNS = "cluster:returns"
 #: Channel to which each worker's watchdog subscribes; carries the manager's word too.
 PRESENCE = "cluster:presence"
 
-#: What separates a queue's name from its priority step (kombu/transport/redis.py, Channel.sep).
-PRIORITY_SEPARATOR = "\x06\x16"
-
 
 def unacked(node: str) -> str:
     """Hash: number of the hand-out → the message, for one node."""

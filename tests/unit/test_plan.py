@@ -9,7 +9,7 @@ import cluster
 from cluster import manager
 from cluster.launchers import base
 from cluster.launchers.local import LocalLauncher, LocalOptions
-from cluster.model import Finding, Severity
+from cluster.model import Finding, Reach, Severity
 from cluster.wire import identity
 
 app = Celery("planned")
@@ -86,6 +86,23 @@ def test_a_preflight_may_refuse_or_warn():
     ):
         cluster.start(3, app=app, launcher=Picky(Severity.WARN))
     assert warned[0].filename == __file__, "it points at the caller"
+
+
+class Elsewhere(LocalLauncher):
+    """Its workers aren't on this machine."""
+
+    def __init__(self, reach: Reach) -> None:
+        super().__init__()
+        self._reach = reach
+
+    def reach(self):
+        return self._reach
+
+
+@pytest.mark.parametrize("reach", [Reach("10.0.0.1", tls=False), Reach("10.0.0.1", tls=True)])
+def test_a_broker_off_loopback_is_refused_without_tls(reach):
+    with pytest.raises(cluster.ConfigurationError, match=r"listens on 10\.0\.0\.1.*TLS"):
+        cluster.start(1, app=app, launcher=Elsewhere(reach))
 
 
 def test_many_more_tasks_than_cpus_are_warned_of():
