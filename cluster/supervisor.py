@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from celery.app.task import Context
 from kombu.exceptions import OperationalError
+from redis.exceptions import ResponseError
 
 from cluster.binding import Binding
 from cluster.broker.messages import Dead, Event, Restarted
@@ -24,7 +25,7 @@ from cluster.readiness import Pinger
 from cluster.replacement import Replacements
 from cluster.roster import Roster, Seat
 from cluster.wire import givenup, keys
-from cluster.wire.ledger import CONNECTION_ERRORS
+from cluster.wire.ledger import CONNECTION_ERRORS, is_refusal
 from cluster.wire.registration import decode
 from cluster.wire.scripts import Scripts
 
@@ -89,6 +90,7 @@ class Supervisor(threading.Thread):
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._reread = False
+        self._refused = False
 
     # -- from other threads -------------------------------------------------------
 
@@ -145,6 +147,14 @@ class Supervisor(threading.Thread):
             self._give_up()
             self._confirm()
             self._release()
+            self._refused = False
+        except ResponseError as error:
+            if not is_refusal(error):
+                raise
+            if not self._refused:
+                logger.warning("The broker can't write (%s); trying again until it can.", error)
+            self._refused = True
+            self._ending.wait(TURN)
         except (*CONNECTION_ERRORS, OperationalError, ClusterError):
             # The broker is away; the guardian brings it back or says that it
             # can't. What was popped as it went may be lost.

@@ -136,7 +136,7 @@ def test_a_get_keeps_its_timeout_while_the_broker_is_away(eventually):
         guardian.resume()
 
 
-def test_a_broker_that_refuses_writes_for_a_while_is_waited_for(tmp_path: Path, eventually):
+def test_a_broker_that_refuses_writes_for_a_while_is_waited_for(tmp_path: Path, eventually, caplog):
     """As with a full disk: what ends meanwhile is settled afterwards, once."""
     log, go = tmp_path / "log", tmp_path / "go"
     with cluster.start(1, app=app) as c:
@@ -145,6 +145,7 @@ def test_a_broker_that_refuses_writes_for_a_while_is_waited_for(tmp_path: Path, 
         c._client.config_set("min-replicas-to-write", 1)
         go.touch()
         eventually(lambda: "out of reach" in str(c.logs()), "the worker can't store its result")
+        eventually(lambda: "can't write" in caplog.text, "nor can the manager")
         c._client.config_set("min-replicas-to-write", 0)
         assert result.get(timeout=30) == "done"
         assert add.delay(1, 1).get(timeout=30) == 2
