@@ -44,7 +44,7 @@ def remove(key: int) -> None:
     with _lock:
         _stops.pop(key, None)
         if _handling and not _stops and threading.current_thread() is threading.main_thread():
-            if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+            if signal.getsignal(signal.SIGTERM) in (_on_sigterm, signal.SIG_IGN):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _handling = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+from redis.exceptions import RedisError
 
 from cluster import leaving
 from cluster._version import __version__
@@ -44,9 +47,10 @@ from cluster.progress import Display
 from cluster.readiness import Verdict, decide
 from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
 from cluster.supervisor import LOG_TAIL, Supervisor
+from cluster.wire.client import connect
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.registration import announce_over
-from cluster.wire.secret import new_secret, password
+from cluster.wire.secret import new_secret
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -135,6 +139,7 @@ class Cluster:
         self._binding: Binding | None = None
         self._client: Redis | None = None
         self._supervisor: Supervisor | None = None
+        self._lost: BrokerLost | None = None
         self._state_lock = threading.Lock()
         self._stop_lock = threading.Lock()
         self._stopping_thread: int | None = None
@@ -291,7 +296,7 @@ class Cluster:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         endpoint = self._broker.endpoint
-        self._client = _connect(endpoint)
+        self._client = connect(endpoint, SOCKET_TIMEOUT)
         self._binding = Binding(plan.app, endpoint)
         self._supervisor = Supervisor(
             launcher=plan.launcher,
@@ -301,6 +306,8 @@ class Cluster:
             binding=self._binding,
             on_failure=self._on_failure,
         )
+        if self._lost is not None:
+            raise self._lost  # while there was nobody to tell
         self._supervisor.launch(plan.workers)
         self._supervisor.start()
         verdict = self._wait(
@@ -413,6 +420,7 @@ class Cluster:
             case Failed(reason=reason, log=log):
                 tail = "\n".join(log)
                 why = BrokerLost(f"The broker is lost: {reason}.\n{tail}".rstrip())
+                self._lost = why
                 # At once: whoever waits for the broker waits in vain, and that
                 # may be the supervisor, too.
                 if self._binding is not None:
@@ -456,16 +464,16 @@ class Cluster:
                 leaving.remove(id(self))
 
     def _stop(self, timeout: float, hurry: leaving.Hurry) -> None:
-        """Each step can be done again, should one of them fail."""
+        """Should a step fail, the others are done all the same, and all can be done again."""
         if self._state is State.STOPPED:
             return
         if self._state is not State.STOPPING:
             self._go(State.STOPPING)
-        self._end_workers(timeout, hurry)
-        self._unbind()
-        if self._broker is not None:
-            self._broker.stop()
-            self._broker = None
+        with contextlib.ExitStack() as steps:
+            # From the last to the first, whichever of them fails.
+            steps.callback(self._end_broker)
+            steps.callback(self._unbind)
+            self._end_workers(timeout, hurry)
         self._go(State.STOPPED)
 
     def _end_workers(self, timeout: float, hurry: leaving.Hurry) -> None:
@@ -493,11 +501,12 @@ class Cluster:
         roster.described(launcher.describe(roster.unfinished))
 
     def _tell_workers(self, grace: float) -> bool:
-        """Tell the workers that it is over; false if the broker is out of reach."""
-        assert self._client is not None
+        """Tell the workers that it is over; false if the broker can't."""
+        if self._client is None:
+            return False
         try:
             announce_over(self._client, grace)
-        except CONNECTION_ERRORS as error:
+        except (*CONNECTION_ERRORS, RedisError) as error:
             logger.warning("The workers can't be told to leave (%s); ending them.", error)
             return False
         return True
@@ -510,6 +519,11 @@ class Cluster:
         if self._client is not None:
             self._client.connection_pool.disconnect()
             self._client = None
+
+    def _end_broker(self) -> None:
+        if self._broker is not None:
+            self._broker.stop()
+            self._broker = None
 
     # -- state ----------------------------------------------------------------------------
 
@@ -528,19 +542,3 @@ class Cluster:
         if self._supervisor is None:
             raise StateError(f"{self!r} has no workers yet.")
         return self._supervisor
-
-
-def _connect(endpoint: Endpoint) -> Redis:
-    """The manager's own connections: without retries, since the guardian reports a loss."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    return redis.Redis(
-        host=endpoint.host,
-        port=endpoint.port,
-        password=password(endpoint.secret),
-        socket_timeout=SOCKET_TIMEOUT,
-        socket_connect_timeout=SOCKET_TIMEOUT,
-        retry=Retry(NoBackoff(), 0),
-    )

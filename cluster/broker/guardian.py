@@ -37,6 +37,7 @@ from cluster.broker.messages import (
 from cluster.broker.presence import Presence
 from cluster.broker.server import configuration, write_configuration
 from cluster.logfile import last_lines
+from cluster.model import Endpoint
 from cluster.restarts import Restarts
 from cluster.settings import LIVENESS_TIMEOUT
 from cluster.wire import keys, secret
@@ -57,6 +58,9 @@ FULL_LOOK = 1.0
 #: queue after a restart takes time too.
 START_TIMEOUT = 10.0
 RESTART_TIMEOUT = 30.0
+
+#: Seconds for one command to the server: the loop must come round to its other duties.
+COMMAND_TIMEOUT = 1.0
 
 #: Seconds for one look after which the broker counts as having been away: a
 #: worker's watchdog gives up on an answer after one second.
@@ -175,24 +179,13 @@ class Guardian:
                 raise ServerFailed("the manager is gone")
 
     def _connect(self) -> None:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
+        from cluster.wire.client import connect
         from cluster.wire.scripts import Scripts
 
-        if self._client is not None:
-            return
-        # No retries inside: the loop must come round to its other duties.
-        self._client = redis.Redis(
-            host=self.order.host,
-            port=self.port,
-            password=secret.password(self.order.secret),
-            socket_timeout=1,
-            socket_connect_timeout=1,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._scripts = Scripts(self._client)
+        if self._client is None:
+            endpoint = Endpoint(self.order.host, self.port, self.order.secret)
+            self._client = connect(endpoint, COMMAND_TIMEOUT)
+            self._scripts = Scripts(self._client)
 
     def _watch(self) -> None:
         from redis.exceptions import RedisError

@@ -119,7 +119,7 @@ class Ledger:
     def release(self, why: str) -> None:
         """Give all back and take no more: this node is leaving."""
         self.flush()
-        self.scripts.release(self.node, why, died=False)
+        guarded(self.node, partial(self.scripts.release, self.node, why, died=False))
 
 
 def guarded(node: str, script: Callable[[], Any]) -> Any:

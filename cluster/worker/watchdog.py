@@ -12,13 +12,11 @@ import threading
 import time
 from typing import Any
 
-import redis
 from celery.utils.log import get_logger
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from cluster.model import Endpoint
-from cluster.wire import keys, secret
+from cluster.wire import keys
+from cluster.wire.client import connect
 from cluster.wire.exitcodes import ExitCode
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.registration import grace_in
@@ -30,6 +28,9 @@ logger = get_logger(__name__)
 #: Seconds between turns, and for each command to the broker.
 TURN = 0.25
 COMMAND_TIMEOUT = 1.0
+
+#: The exit code of a mistake in here: none of the table, as Python's own for an exception.
+UNEXPECTED = 1
 
 #: Seconds of silence after which the broker is asked whether it is there.
 ASK_AFTER = 5.0
@@ -57,34 +58,34 @@ class Watchdog(threading.Thread):
         self._orphan_timeout = orphan_timeout
         self._drain = drain
         self._reached = time.monotonic()
-        self._client = redis.Redis(
-            host=endpoint.host,
-            port=endpoint.port,
-            password=secret.password(endpoint.secret),
-            socket_timeout=COMMAND_TIMEOUT,
-            socket_connect_timeout=COMMAND_TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._client = connect(endpoint, COMMAND_TIMEOUT)
         self._pubsub: Any = None
         self._connected = False
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def run(self) -> None:
-        while True:
-            self._check()
-            try:
-                if self._pubsub is None:
-                    self._subscribe()
-                self._listen()
-                if time.monotonic() - self._reached > ASK_AFTER:
-                    self._client.ping()
-                    self._reached = time.monotonic()
-            except CONNECTION_ERRORS:
-                # At once, if it was this connection alone: the guardian doesn't
-                # wait long. Where there is no broker, with pauses.
-                was_connected = self._disconnect()
-                if not was_connected:
-                    time.sleep(TURN)
+        try:
+            while True:
+                self._turn()
+        except Exception:
+            logger.exception("The watchdog failed; a worker without one must not go on.")
+            end_now(UNEXPECTED)
+
+    def _turn(self) -> None:
+        self._check()
+        try:
+            if self._pubsub is None:
+                self._subscribe()
+            self._listen()
+            if time.monotonic() - self._reached > ASK_AFTER:
+                self._client.ping()
+                self._reached = time.monotonic()
+        except CONNECTION_ERRORS:
+            # At once, if it was this connection alone: the guardian doesn't
+            # wait long. Where there is no broker, with pauses.
+            was_connected = self._disconnect()
+            if not was_connected:
+                time.sleep(TURN)
 
     def _check(self) -> None:
         if self._parent and os.getppid() != self._parent:

@@ -107,6 +107,31 @@ def test_a_broker_that_dies_again_and_again_is_given_up(tmp_path: Path):
             kill_and_wait()
 
 
+def test_a_stop_ends_all_even_if_the_broker_cannot_write(tmp_path: Path, eventually):
+    """With a task running, which can't be told; what stop does is the same."""
+    log = tmp_path / "log"
+    with cluster.start(2, app=app) as c:
+        wait_for.delay(str(tmp_path / "never"), str(log))
+        eventually(log.exists, "the task runs")
+        c._client.config_set("min-replicas-to-write", 1)
+    assert c.state is State.STOPPED
+
+
+def test_a_step_of_stop_that_fails_keeps_no_other_from_being_done(monkeypatch):
+    """And once it works, stop is complete."""
+    c = cluster.start(1, app=app)
+    server, broker = server_of(c), c._broker
+    with monkeypatch.context() as broken:
+        broken.setattr(type(c.launcher), "describe", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            c.stop()
+    assert not server.is_running()
+    assert not broker._directory.exists()
+    assert app.conf.broker_url is None
+    c.stop()
+    assert c.state is State.STOPPED
+
+
 def test_a_loss_in_the_middle_of_giving_up_hangs_nobody(tmp_path: Path, monkeypatch):
     """The supervisor stores a result when the broker goes for good: all are told."""
     original = Binding.fail_task

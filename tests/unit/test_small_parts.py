@@ -90,6 +90,30 @@ def test_one_interrupt_is_not_raised_twice():
         leave()
 
 
+def test_a_worker_ends_with_its_watchdog(monkeypatch):
+    """A mistake in the thread isn't the end of the thread alone."""
+    from cluster.model import Endpoint
+    from cluster.worker import watchdog as module
+    from cluster.worker.drain import Drain
+
+    class Ended(BaseException):
+        pass
+
+    def end_now(code: int) -> None:
+        raise Ended(code)
+
+    def mistake() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "end_now", end_now)
+    watchdog = module.Watchdog(
+        Endpoint("127.0.0.1", 1, "00" * 32), node="n@h", parent=0, orphan_timeout=1, drain=Drain()
+    )
+    monkeypatch.setattr(watchdog, "_check", mistake)
+    with pytest.raises(Ended, match="1"):
+        watchdog.run()
+
+
 def test_what_is_left_at_exit_is_stopped_in_this_process_only(monkeypatch):
     stopped = []
     monkeypatch.setattr(leaving, "_stops", {})
