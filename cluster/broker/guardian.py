@@ -96,7 +96,7 @@ class Guardian:
         self._control = control
         self._events = events
         self._outbox = bytearray()
-        self._presence = Presence()
+        self._presence = Presence(LIVENESS_TIMEOUT)
         self._restarts = Restarts(limit=5, window=30.0)
         self._next_full_look = 0.0
         self._client: Redis | None = None
@@ -198,7 +198,7 @@ class Guardian:
             try:
                 began = time.monotonic()
                 if slow:
-                    self._presence.broker_was_away(self._members(), began + LIVENESS_TIMEOUT)
+                    self._presence.broker_was_away(self._members(), began)
                 self._look_at_workers(began)
                 slow = time.monotonic() - began > SLOW
             except (RedisError, OSError):
@@ -232,7 +232,7 @@ class Guardian:
                     return False
                 continue
             break
-        self._presence.broker_was_away(members, time.monotonic() + LIVENESS_TIMEOUT)
+        self._presence.broker_was_away(members, time.monotonic())
         self._emit(Restarted(self.server.pid, reason))
         return True
 
@@ -254,7 +254,10 @@ class Guardian:
         if nodes:
             reply = self._client.pubsub_numsub(*(keys.presence(node) for node in nodes))
             counts = dict(zip(nodes, (count for _, count in reply), strict=True))
-        for node in self._presence.look(counts, now):
+        suspects = self._presence.look(counts, now)
+        if not suspects:
+            return
+        for node in self._presence.judge(suspects, self._connected(), now):
             held = self._scripts.release(node, "its connection is gone", died=True)
             if held >= 0:
                 self._emit(Dead(node, held))
@@ -263,6 +266,12 @@ class Guardian:
         """The nodes that take part."""
         assert self._client is not None
         return [node.decode() for node in cast("list[bytes]", self._client.hkeys(keys.WORKERS))]
+
+    def _connected(self) -> set[str]:
+        """The nodes whose main process has a connection for its tasks. Long to list where
+        there are thousands, so only asked for when somebody is missing."""
+        assert self._client is not None
+        return {client["name"] for client in self._client.client_list(_type="normal")}
 
     def _say_farewell(self) -> None:
         """Tell the workers that it is over, and wait a moment until they have heard."""

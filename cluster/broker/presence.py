@@ -3,47 +3,74 @@
 Each worker's watchdog subscribes to one common channel and to one of its own.
 While at least as many subscribe to the common one as take part, nobody asks
 further. When fewer do, the missing are those whose own channel has no
-subscriber. A worker is dead when it was missing at two looks in a row, which
-forgives a watchdog that reconnects at once. After the broker was away, all may
-be missing; each gets time to come back.
+subscriber. Who is missing at two looks in a row is a suspect.
+
+A process that died has no connection left; one whose subscription alone broke
+has others, which bear its name, and gets time to subscribe again. So has every
+worker after the broker was away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+
+#: Seconds after which a suspect that still had a connection is looked at again.
+LOOK_AGAIN = 0.5
 
 
 @dataclass(slots=True)
 class Presence:
-    """The state between looks."""
+    """The state between looks.
 
-    _missing: set[str] = field(default_factory=set)
-    _returning: set[str] = field(default_factory=set)
-    _return_by: float = 0.0
+    Args:
+        patience: seconds that a worker which has a connection may go without
+            its subscription.
+    """
 
-    def broker_was_away(self, members: Collection[str], return_by: float) -> None:
+    patience: float
+    _since: dict[str, float] = field(default_factory=dict)  # when each began to be missing
+    _spared: dict[str, float] = field(default_factory=dict)  # until when each is no suspect
+
+    def broker_was_away(self, members: Collection[str], now: float) -> None:
         """It was restarted, or didn't answer for a while: any connection may be broken.
-        ``members`` have until ``return_by`` to come back."""
-        self._missing.clear()
-        self._returning = set(members)
-        self._return_by = return_by
+        All ``members`` get :attr:`patience` to come back."""
+        self._since.clear()
+        self._spared = dict.fromkeys(members, now + self.patience)
 
     def must_ask(self, members: int, subscribers: int) -> bool:
         """Whether the counts alone don't show that all are there."""
-        return bool(self._returning or self._missing) or subscribers < members
+        return bool(self._spared or self._since) or subscribers < members
 
     def look(self, subscribers: Mapping[str, int], now: float) -> set[str]:
-        """Take in each member's own count of subscribers; return who is dead.
+        """Take in each member's own count of subscribers; return the suspects.
 
         Args:
             subscribers: by member's node name.
-            now: on the clock of ``return_by``.
+            now: in seconds, on one clock for all calls.
         """
         missing = {node for node, count in subscribers.items() if count == 0}
-        self._returning &= missing
-        if now >= self._return_by:
-            self._returning.clear()
-        dead = missing & self._missing - self._returning
-        self._missing = missing - dead - self._returning
+        self._spared = {
+            node: until for node, until in self._spared.items() if node in missing and now < until
+        }
+        suspects = missing & self._since.keys() - self._spared.keys()
+        self._since = {node: self._since.get(node, now) for node in missing}
+        return suspects
+
+    def judge(self, suspects: Collection[str], connected: AbstractSet[str], now: float) -> set[str]:
+        """Return which of the suspects are dead.
+
+        Args:
+            suspects: from :meth:`look`.
+            connected: the nodes that have a connection of any kind.
+            now: as for :meth:`look`.
+        """
+        dead = set()
+        for node in suspects:
+            if node in connected and now - self._since[node] < self.patience:
+                self._spared[node] = now + LOOK_AGAIN
+            else:
+                del self._since[node]
+                dead.add(node)
         return dead

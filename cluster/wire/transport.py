@@ -178,6 +178,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """Whether a message may be on its way to this channel."""
         return bool(self._takes and self._in_poll and not self._waiting)
 
+    def _connparams(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        parameters: dict[str, Any] = super()._connparams(*args, **kwargs)
+        if self.node is not None:
+            # By this the guardian tells a process that died from one that has
+            # lost a connection. In the main process only: a child may outlive it.
+            parameters["client_name"] = self.node
+        return parameters
+
     # -- taking ---------------------------------------------------------------
 
     def _brpop_start(self, timeout: float | None = None) -> None:

@@ -205,6 +205,29 @@ def test_a_worker_whose_connection_breaks_is_not_taken_for_dead(tmp_path: Path, 
     assert [line.split()[0] for line in lines(log)] == ["start", "end"]
 
 
+def test_a_worker_too_busy_to_come_back_at_once_is_not_dead(tmp_path: Path, eventually):
+    """Its sign of life broke, but the process has other connections: it gets time."""
+    with cluster.start(1, app=app) as c:
+        before = c.workers
+        pid = running(c).pid
+
+        def asked() -> int:
+            counts = c._client.info("commandstats")
+            return counts.get("cmdstat_client|list", {}).get("calls", 0)
+
+        [watchdog] = [client["id"] for client in c._client.client_list() if client["sub"] == "2"]
+        already = asked()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            c._client.client_kill_filter(_id=watchdog)
+            eventually(lambda: asked() >= already + 2, "the guardian has looked at it twice")
+            assert c._client.hlen(keys.FENCED) == 0
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert add.delay(1, 1).get(timeout=30) == 2
+        assert c.workers == before
+
+
 def test_a_task_may_fork(tmp_path: Path):
     """Without a traceback in the worker's log."""
     with cluster.start(1, app=app) as c:

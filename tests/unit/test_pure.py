@@ -81,33 +81,57 @@ def test_workers_that_were_ready_are_replaced_more_often_than_others():
 # -- presence ------------------------------------------------------------------------
 
 
-def test_a_worker_is_dead_when_missing_twice():
-    presence = Presence()
+def test_a_worker_is_dead_when_missing_twice_and_without_a_connection():
+    presence = Presence(10.0)
     assert not presence.must_ask(2, 2)
     assert presence.must_ask(2, 1)
     assert presence.look({"a": 1, "b": 0}, 0.0) == set()
     assert presence.must_ask(2, 2), "a suspicion is followed up, whatever the counts say"
     assert presence.look({"a": 1, "b": 0}, 0.1) == {"b"}
+    assert presence.judge({"b"}, {"a"}, 0.1) == {"b"}
+    assert presence.look({"a": 1}, 0.2) == set()
+    assert not presence.must_ask(1, 1)
 
 
 def test_a_worker_that_reconnects_at_once_is_forgiven():
-    presence = Presence()
+    presence = Presence(10.0)
     presence.look({"a": 0}, 0.0)
     assert presence.look({"a": 1}, 0.1) == set()
     assert presence.look({"a": 0}, 0.2) == set()
 
 
+def test_a_worker_that_has_another_connection_gets_time():
+    presence = Presence(10.0)
+    presence.look({"a": 0}, 0.0)
+    assert presence.look({"a": 0}, 0.1) == {"a"}
+    assert presence.judge({"a"}, {"a"}, 0.1) == set()
+    assert presence.look({"a": 0}, 0.2) == set(), "not asked about again at once"
+    assert presence.must_ask(1, 1)
+    assert presence.look({"a": 0}, 0.7) == {"a"}
+    assert presence.judge({"a"}, set(), 0.7) == {"a"}, "it died in the meantime"
+
+
+def test_a_worker_that_never_subscribes_again_is_dead_in_the_end():
+    presence = Presence(10.0)
+    presence.look({"a": 0}, 0.0)
+    assert presence.look({"a": 0}, 9.9) == {"a"}
+    assert presence.judge({"a"}, {"a"}, 9.9) == set()
+    assert presence.look({"a": 0}, 10.5) == {"a"}
+    assert presence.judge({"a"}, {"a"}, 10.5) == {"a"}
+
+
 def test_after_a_restart_of_the_broker_all_may_come_back():
-    presence = Presence()
-    presence.broker_was_away(["a", "b"], return_by=10.0)
+    presence = Presence(10.0)
+    presence.look({"a": 0}, 0.0)
+    presence.broker_was_away(["a", "b"], 0.0)
     assert presence.must_ask(2, 0)
     for now in (0.1, 0.2, 5.0):
         assert presence.look({"a": 0, "b": 0}, now) == set()
     assert presence.look({"a": 1, "b": 0}, 6.0) == set()
     assert presence.look({"a": 0, "b": 0}, 6.1) == set(), "a is back, and missing for once"
     assert presence.look({"a": 0, "b": 0}, 6.2) == {"a"}, "it has used its second chance"
-    assert presence.look({"b": 0}, 10.0) == set()
-    assert presence.look({"b": 0}, 10.1) == {"b"}, "out of time, and missing twice"
+    assert presence.judge({"a"}, set(), 6.2) == {"a"}
+    assert presence.look({"b": 0}, 10.0) == {"b"}, "out of time"
 
 
 # -- roster --------------------------------------------------------------------------
