@@ -30,8 +30,8 @@ from cluster.wire import ending
 from cluster.wire.backend import PREFIX, Backend
 from cluster.wire.secret import broker_url, password
 
-#: The user's, with defaults that lose no task; only a worker heeds these. Celery's
-#: names: https://docs.celeryq.dev/en/stable/userguide/configuration.html
+#: The user's, with defaults that lose no task, and show what one prints; only a worker heeds
+#: these. Celery's names: https://docs.celeryq.dev/en/stable/userguide/configuration.html
 WORKER_DEFAULTS: Mapping[str, Any] = {
     "task_acks_late": True,
     "task_reject_on_worker_lost": True,
@@ -40,6 +40,8 @@ WORKER_DEFAULTS: Mapping[str, Any] = {
     # With it on, a task that runs while the broker restarts ends REVOKED and
     # is never run again.
     "worker_cancel_long_running_tasks_on_connection_loss": False,
+    # Celery's would make a log record of each piece that print() writes.
+    "worker_redirect_stdouts": False,
 }
 
 #: The user's, with defaults that outlast a broker that restarts; on both sides.
@@ -151,6 +153,12 @@ class Binding:
         self._caches_before = _swap_caches(app, _NO_CACHES)
         self._backend: Backend = app.backend
         self._password = password(endpoint.secret)
+
+    @property
+    def set_aside(self) -> Mapping[str, str]:
+        """The environment's overrides as they were: a module that reads them as it is imported
+        must find them in a worker, too."""
+        return dict(self._aside)
 
     def end(self, why: ClusterError) -> None:
         """From now on, whoever sends a task, waits for a result or asks for one gets ``why``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -283,7 +284,9 @@ class Cluster:
         server = f"{Path(plan.server.path).name} {plan.server.version}"
         display.show(f"Starting workers for the app {name} and a broker ({server})")
         directory = Path(tempfile.mkdtemp(prefix=f"cluster-{self._id}-"))
+        spec = self._spec(directory)
         try:
+            plan.launcher.prepare(spec)
             self._broker = Broker(
                 plan.server,
                 host=plan.host,
@@ -300,7 +303,7 @@ class Cluster:
         self._binding = Binding(plan.app, endpoint)
         self._supervisor = Supervisor(
             launcher=plan.launcher,
-            spec=self._spec(endpoint, directory),
+            spec=self._with_broker(spec, endpoint, self._binding),
             wanted=plan.workers,
             client=self._client,
             binding=self._binding,
@@ -334,17 +337,28 @@ class Cluster:
             self._on_failure(self._supervisor.failure)  # in the moment before
         display.say(f"{ready} of {plan.workers} workers ready after {elapsed:.1f} s")
 
-    def _spec(self, endpoint: Endpoint, directory: Path) -> WorkerSpec:
+    def _spec(self, directory: Path) -> WorkerSpec:
         return WorkerSpec(
             cluster_id=self._id,
+            workers=self._plan.workers,
             directory=directory,
             environment={
                 "CLUSTER_ID": self._id,
-                "CLUSTER_ADDRESS": endpoint.address,
-                "CLUSTER_SECRET": endpoint.secret,
                 "CLUSTER_APP": self._plan.ref.to_json(),
                 "CLUSTER_VERSION": __version__,
                 **self._plan.ref.environment,
+            },
+        )
+
+    @staticmethod
+    def _with_broker(spec: WorkerSpec, endpoint: Endpoint, binding: Binding) -> WorkerSpec:
+        return dataclasses.replace(
+            spec,
+            environment={
+                **spec.environment,
+                **binding.set_aside,
+                "CLUSTER_ADDRESS": endpoint.address,
+                "CLUSTER_SECRET": endpoint.secret,
             },
         )
 
@@ -473,6 +487,7 @@ class Cluster:
             # From the last to the first, whichever of them fails.
             steps.callback(self._end_broker)
             steps.callback(self._unbind)
+            steps.callback(self.launcher.close, self._id)
             self._end_workers(timeout, hurry)
         self._go(State.STOPPED)
 

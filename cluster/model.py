@@ -73,11 +73,13 @@ class WorkerSpec:
     """What a worker needs to boot, the same on every platform.
 
     ``environment`` holds the run's secret: it is left out of the repr.
+    ``workers`` is how many there are to be in all.
     ``directory`` is the run's own on the manager's machine, for what a
     launcher keeps there meanwhile; it is removed when the cluster ends.
     """
 
     cluster_id: str
+    workers: int
     directory: Path
     environment: Mapping[str, str] = field(repr=False)
 

@@ -72,6 +72,9 @@ class WorkerSettings:
     scratch: str = environ.var(
         default="", help="directory for the pool's own files; removed by the manager"
     )
+    threads: int = environ.var(
+        default=1, converter=int, help="threads for each task's numerical libraries"
+    )
     loglevel: str = environ.var(default="WARNING", help="the worker's log level")
 
 
@@ -91,7 +94,21 @@ WORKER_VARIABLES = tuple(
         "PATH",
         "SCRATCH",
         "LOGLEVEL",
+        "THREADS",
     )
+)
+
+#: How many threads a task's numerical libraries start: by themselves each process would start
+#: one a CPU. What the user has set counts. The names are those of OpenMP, OpenBLAS, MKL, BLIS,
+#: Accelerate and numexpr: https://github.com/joblib/threadpoolctl,
+#: https://numexpr.readthedocs.io/en/latest/user_guide.html#threadpool-configuration
+THREAD_LIMITS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
 )
 
 #: These beat an app's own configuration (celery/app/utils.py, class Settings),

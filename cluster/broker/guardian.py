@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import selectors
 import shutil
 import signal
 import socket
@@ -24,18 +22,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from cluster.broker.messages import (
-    Dead,
-    Event,
-    Failed,
-    Order,
-    Restarted,
-    Started,
-    decode_order,
-    encode,
-)
+from cluster.broker.messages import Dead, Event, Failed, Order, Restarted, Started
 from cluster.broker.presence import Presence
 from cluster.broker.server import configuration, write_configuration
+from cluster.companion import Leash
+from cluster.jsonlines import decode, encode
 from cluster.logfile import last_lines
 from cluster.model import Endpoint
 from cluster.restarts import Restarts
@@ -86,23 +77,18 @@ class ServerFailed(Exception):
 class Guardian:
     """The loop around one server process."""
 
-    def __init__(self, order: Order, control: int, events: int) -> None:
+    def __init__(self, order: Order, leash: Leash) -> None:
         self.order = order
         self.directory = Path(order.directory)
         self.log = self.directory / "broker.log"
         self.port = 0
         self.server: subprocess.Popen[bytes] | None = None
-        self._manager = os.getppid()
-        self._control = control
-        self._events = events
-        self._outbox = bytearray()
+        self._leash = leash
         self._presence = Presence(LIVENESS_TIMEOUT)
         self._restarts = Restarts(limit=5, window=30.0)
         self._next_full_look = 0.0
         self._client: Redis | None = None
         self._scripts: Scripts | None = None
-        os.set_blocking(events, False)
-        os.set_blocking(control, False)
 
     # -- life -----------------------------------------------------------------
 
@@ -116,7 +102,6 @@ class Guardian:
             self._end_server()
             self._client = None
             shutil.rmtree(self.directory, ignore_errors=True)
-            self._flush()
 
     def _start_first(self) -> bool:
         for attempt in range(PORT_ATTEMPTS):
@@ -127,7 +112,7 @@ class Guardian:
                 log = last_lines(self.log, LOG_TAIL)
                 self._end_server()
                 taken = any("already in use" in line for line in log)
-                if taken and attempt + 1 < PORT_ATTEMPTS and not self._manager_gone():
+                if taken and attempt + 1 < PORT_ATTEMPTS and not self._leash.gone:
                     continue
                 self._emit(Failed(str(error), tuple(log)))
                 return False
@@ -175,7 +160,7 @@ class Guardian:
                 last = error
             if time.monotonic() >= deadline:
                 raise ServerFailed(f"{self.order.server} doesn't answer ({last})")
-            if self._wait(TICK):
+            if self._leash.wait(TICK):
                 raise ServerFailed("the manager is gone")
 
     def _connect(self) -> None:
@@ -192,7 +177,7 @@ class Guardian:
 
         assert self.server is not None
         slow = False
-        while not self._wait(TICK):
+        while not self._leash.wait(TICK):
             if self.server.poll() is not None and not self._restart():
                 return
             try:
@@ -219,7 +204,7 @@ class Guardian:
                     Failed(f"{reason}, again and again", tuple(last_lines(self.log, LOG_TAIL)))
                 )
                 return False
-            if self._wait(pause):
+            if self._leash.wait(pause):
                 return False
             try:
                 self._start_server(RESTART_TIMEOUT)
@@ -228,7 +213,7 @@ class Guardian:
             except (ServerFailed, RedisError, OSError) as error:
                 reason = str(error)
                 self._end_server()
-                if self._manager_gone():
+                if self._leash.gone:
                     return False
                 continue
             break
@@ -297,40 +282,8 @@ class Guardian:
             self.server.kill()
             self.server.wait()
 
-    # -- the manager ----------------------------------------------------------
-
-    def _wait(self, seconds: float) -> bool:
-        """Let the time pass; true at once when the manager is gone."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._control, selectors.EVENT_READ)
-            if self._outbox:
-                selector.register(self._events, selectors.EVENT_WRITE)
-            selector.select(seconds)
-        self._flush()
-        return self._manager_gone()
-
-    def _manager_gone(self) -> bool:
-        if os.getppid() != self._manager:
-            # A copy of the pipe's end may live on in a process it forked.
-            return True
-        try:
-            return os.read(self._control, 1) == b""
-        except BlockingIOError:
-            return False
-
     def _emit(self, event: Event) -> None:
-        self._outbox += encode(event)
-        self._flush()
-
-    def _flush(self) -> None:
-        # A manager too busy to read must not hold up the guardian.
-        try:
-            while self._outbox:
-                del self._outbox[: os.write(self._events, self._outbox)]
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            self._outbox.clear()
+        self._leash.say(encode(event))
 
 
 def _end_with_parent() -> None:
@@ -355,8 +308,10 @@ def main() -> None:
     # broker must last until it has.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    order = decode_order(sys.stdin.buffer.readline())
-    Guardian(order, sys.stdin.fileno(), sys.stdout.fileno()).run()
+    leash = Leash()
+    line = leash.wait_for_line()
+    if line is not None:
+        Guardian(decode(line, Order), leash).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the manager and the guardian say to each other: one JSON object a line.
+"""What the manager and the guardian say to each other.
 
 The manager says one thing, what to start, and after that only holds the pipe
 open: its end, however it comes about, is the order to stop. The guardian
@@ -7,8 +7,7 @@ answers with events.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +55,5 @@ class Dead:
 
 Event = Started | Failed | Restarted | Dead
 
-_EVENTS: dict[str, type[Event]] = {
-    event.__name__: event for event in (Started, Failed, Restarted, Dead)
-}
-
-
-def encode(message: Order | Event) -> bytes:
-    """One line."""
-    return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
-
-
-def decode_order(line: bytes) -> Order:
-    fields = json.loads(line)
-    del fields["kind"]
-    return Order(**fields)
-
-
-def decode_event(line: bytes) -> Event:
-    fields = json.loads(line)
-    event = _EVENTS[fields.pop("kind")]
-    if event is Failed:
-        fields["log"] = tuple(fields["log"])
-    return event(**fields)
+#: For :func:`cluster.jsonlines.decode`.
+EVENTS = (Started, Failed, Restarted, Dead)

@@ -52,6 +52,17 @@ class Launcher(Protocol):
         """Where the broker must listen so that workers reach it."""
         ...
 
+    def prepare(self, spec: WorkerSpec) -> None:
+        """Begin what takes time and needs no broker: it is being started meanwhile.
+
+        Args:
+            spec: as for :meth:`launch`, but for the broker's address and secret.
+
+        Raises:
+            LaunchError: no worker can be launched here.
+        """
+        ...
+
     def launch(self, spec: WorkerSpec, count: int) -> Sequence[WorkerRef]:
         """Start ``count`` workers; return once the platform has accepted them.
 
@@ -66,6 +77,11 @@ class Launcher(Protocol):
 
     def terminate(self, refs: Sequence[WorkerRef], *, reason: str) -> None:
         """End these workers, whatever state they are in. Idempotent."""
+        ...
+
+    def close(self, cluster_id: str) -> None:
+        """The cluster's workers have been terminated: let go of what else there is for it.
+        Idempotent."""
         ...
 
     def find(self, cluster_id: str) -> Sequence[WorkerRef]:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import secrets
-import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cluster.errors import LaunchError
-from cluster.interpreter import (
-    module_command,
-    module_environment,
-    original_python_path,
-    search_path,
-)
+from cluster.interpreter import original_python_path, search_path
+from cluster.launchers.echo import Echo
+from cluster.launchers.forkserver import ForkServer, Process
 from cluster.logfile import last_lines
 from cluster.model import (
     Finding,
@@ -32,10 +28,16 @@ from cluster.model import (
     WorkerSpec,
     WorkerStatus,
 )
+from cluster.settings import CELERY_OVERRIDES
 from cluster.wire.exitcodes import HOPELESS, ExitCode, explain
+
+logger = logging.getLogger("cluster")
 
 #: Seconds between SIGTERM and SIGKILL when a worker is ended.
 TERM_GRACE = 0.5
+
+#: Seconds for the kernel to end a process after SIGKILL.
+KILL_TIMEOUT = 5.0
 
 #: Tasks at once for each CPU above which preflight warns.
 CROWDED = 4
@@ -54,33 +56,34 @@ class LocalOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     concurrency: int = Field(default=1, ge=1, description="tasks that each worker runs at once")
+    environment: dict[str, str] = Field(
+        default={}, description="variables that workers get besides the manager's"
+    )
+    output: bool = Field(default=True, description="show what workers print, on standard error")
+    loglevel: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
+        default="WARNING", description="of the workers' logging"
+    )
+
+    @field_validator("environment")
+    @classmethod
+    def _not_ours(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"{name!r} can't be the name of a variable")
+            if name.startswith("CLUSTER_") or name in {*CELERY_OVERRIDES, "MP_MAIN_FILE"}:
+                raise ValueError(f"{name} is the cluster's own")
+        return environment
 
 
 @dataclass(slots=True)
 class _Worker:
     cluster_id: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
-    swept: bool = False
-
-    def ended(self) -> int | None:
-        """The exit code of its main process, or ``None``; what it left behind is killed."""
-        code = self.process.poll()
-        if code is not None and not self.swept:
-            # Once, right after it was reaped: later its number may be another's.
-            self.swept = True
-            self.signal(signal.SIGKILL)
-        return code
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to all processes of the worker's session."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            # macOS says PermissionError of a group of nothing but zombies.
-            os.killpg(self.process.pid, number)
 
 
 class LocalLauncher:
-    """Starts each worker as a child process in a session of its own.
+    """Forks workers from a process that has imported what they need, each in a session of its own.
 
     Ctrl-C then reaches the manager alone, and a worker can be ended together
     with all that it started.
@@ -92,7 +95,9 @@ class LocalLauncher:
 
     def __init__(self, options: LocalOptions | None = None) -> None:
         self._options = options or LocalOptions()
+        self._servers: dict[str, ForkServer] = {}  # by the cluster's id
         self._workers: dict[WorkerRef, _Worker] = {}
+        self._echo = Echo() if self._options.output else None
 
     def preflight(self, wanted: int, minimum: int) -> Sequence[Finding]:
         at_once = wanted * self._options.concurrency
@@ -109,40 +114,53 @@ class LocalLauncher:
     def reach(self) -> Reach:
         return Reach(host="127.0.0.1", tls=False)
 
-    def launch(self, spec: WorkerSpec, count: int) -> Sequence[WorkerRef]:
-        accepted: list[WorkerRef] = []
-        for _ in range(count):
-            try:
-                accepted.append(self._launch_one(spec))
-            except OSError as error:
-                raise LaunchError(
-                    f"A worker process can't be started: {error}.", accepted=accepted
-                ) from error
-        return accepted
+    def prepare(self, spec: WorkerSpec) -> None:
+        self._servers[spec.cluster_id] = ForkServer(spec.directory, spec.environment)
 
-    def _launch_one(self, spec: WorkerSpec) -> WorkerRef:
-        ref = WorkerRef(f"local-{secrets.token_hex(3)}", self.name)
-        path = spec.directory / f"{ref.id}.log"
-        environment = {
-            **spec.environment,
+    def launch(self, spec: WorkerSpec, count: int) -> Sequence[WorkerRef]:
+        if count == 0:
+            return []
+        server = self._servers.get(spec.cluster_id)
+        if server is None or server.gone:
+            if server is not None:
+                server.end()
+            server = self._servers[spec.cluster_id] = ForkServer(spec.directory, spec.environment)
+        refs = [WorkerRef(f"local-{secrets.token_hex(3)}", self.name) for _ in range(count)]
+        try:
+            processes = server.fork(
+                [ref.id for ref in refs],
+                environment=self._environment(spec),
+                cwd=Path.cwd(),
+                logs=spec.directory,
+            )
+        except FileNotFoundError as error:
+            raise LaunchError("The working directory has been removed.") from error
+        for ref in refs:
+            log = spec.directory / f"{ref.id}.log"
+            self._workers[ref] = _Worker(spec.cluster_id, processes[ref.id], log)
+            if self._echo is not None:
+                self._echo.follow(ref.id, log)
+        failed = [ref for ref in refs if processes[ref.id].failure]
+        if failed:
+            raise LaunchError(
+                f"A worker process can't be started: {processes[failed[0].id].failure}.",
+                accepted=[ref for ref in refs if ref not in failed],
+            )
+        return refs
+
+    def _environment(self, spec: WorkerSpec) -> Mapping[str, str]:
+        at_once = max(1, spec.workers) * self._options.concurrency
+        return {
+            **os.environ,
             **original_python_path(),
-            "CLUSTER_WORKER": ref.id,
+            **self._options.environment,
+            **spec.environment,
             "CLUSTER_CONCURRENCY": str(self._options.concurrency),
-            "CLUSTER_PARENT": str(os.getpid()),
             "CLUSTER_PATH": search_path(),
             "CLUSTER_SCRATCH": str(spec.directory),
+            "CLUSTER_LOGLEVEL": self._options.loglevel,
+            "CLUSTER_THREADS": str(max(1, cpus() // at_once)),
         }
-        with path.open("wb") as log:
-            process = subprocess.Popen(
-                module_command("cluster.worker"),
-                env=module_environment(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._workers[ref] = _Worker(spec.cluster_id, process, path)
-        return ref
 
     def describe(self, refs: Sequence[WorkerRef]) -> Mapping[WorkerRef, WorkerStatus]:
         return {ref: self._describe_one(ref) for ref in refs}
@@ -151,9 +169,14 @@ class LocalLauncher:
         worker = self._workers.get(ref)
         if worker is None:
             return WorkerStatus(Phase.MISSING, final=True, reason="no process of this launcher's")
-        code = worker.ended()
+        process = worker.process
+        code = process.poll()
         if code is None:
-            return WorkerStatus(Phase.RUNNING, reason=f"process {worker.process.pid}")
+            if process.lost:
+                return WorkerStatus(Phase.FAILED, final=True, reason="its fork server has ended")
+            if process.failure:
+                return WorkerStatus(Phase.FAILED, final=True, reason=process.failure)
+            return WorkerStatus(Phase.RUNNING, reason=f"process {process.pid}")
         return WorkerStatus(
             Phase.EXITED if code == ExitCode.LEFT else Phase.FAILED,
             final=True,
@@ -163,26 +186,33 @@ class LocalLauncher:
         )
 
     def terminate(self, refs: Sequence[WorkerRef], *, reason: str) -> None:
-        known = [self._workers[ref] for ref in refs if ref in self._workers]
-        alive = [worker for worker in known if worker.ended() is None]
-        for worker in alive:
+        known = [self._workers[ref].process for ref in refs if ref in self._workers]
+        alive = [process for process in known if not process.over]
+        for process in alive:
             # Its main process alone: that one drains, with its children.
-            worker.process.terminate()
+            process.terminate()
         deadline = time.monotonic() + TERM_GRACE
-        for worker in alive:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
-        for worker in alive:
-            worker.signal(signal.SIGKILL)
-            worker.process.wait()
-            worker.swept = True
+        for process in alive:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        for process in alive:
+            process.kill_all()
+        for process in alive:
+            if not process.wait(KILL_TIMEOUT):
+                logger.warning("Process %s doesn't end, even when killed.", process.pid)
+
+    def close(self, cluster_id: str) -> None:
+        server = self._servers.pop(cluster_id, None)
+        if server is not None:
+            server.end()
+        if self._echo is not None and not self._servers:
+            self._echo.end()
 
     def find(self, cluster_id: str) -> Sequence[WorkerRef]:
         # Those of another manager aren't looked for: they end when it does.
         return [
             ref
             for ref, worker in self._workers.items()
-            if worker.cluster_id == cluster_id and worker.ended() is None
+            if worker.cluster_id == cluster_id and not worker.process.over
         ]
 
     def logs(self, ref: WorkerRef, *, tail: int = 100) -> Sequence[str]:

@@ -15,6 +15,7 @@ from cluster.model import Endpoint
 from cluster.settings import (
     CELERY_OVERRIDES,
     ORPHAN_TIMEOUT,
+    THREAD_LIMITS,
     WORKER_VARIABLES,
     WorkerSettings,
     worker_settings,
@@ -34,9 +35,13 @@ def main() -> NoReturn:
         settings = worker_settings()
     except ConfigurationError as error:
         sys.exit(f"cluster worker: {error}")
-    for name in (*WORKER_VARIABLES, *CELERY_OVERRIDES):
+    for name in WORKER_VARIABLES:
         os.environ.pop(name, None)
+    for name in THREAD_LIMITS:
+        os.environ.setdefault(name, str(settings.threads))
     restore_search_path(settings.path)
+    # Into a file or a container's log, and to be seen as it comes.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if settings.version != __version__:
         print(
             f"This worker runs celery-cluster {__version__}, its manager {settings.version}. "
@@ -80,6 +85,8 @@ def _run(settings: WorkerSettings) -> int:
         traceback.print_exc()
         print(f"The app can't be imported from {ref.script or ref.home}.", file=sys.stderr)
         return ExitCode.IMPORT_FAILED
+    for name in CELERY_OVERRIDES:  # they would beat what comes now
+        os.environ.pop(name, None)
     binding.bind_worker(app, endpoint)
     return _serve(app, settings, node, drain, watchdog)
 

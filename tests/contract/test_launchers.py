@@ -5,6 +5,7 @@ The workers are real and so is the broker that they join.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,9 @@ from cluster.wire.registration import announce_over, decode
 from cluster.wire.secret import new_secret, password
 
 LAUNCHERS = ("local",)
+
+#: The cluster's.
+ID = "c0ffee"
 
 
 @pytest.fixture(params=LAUNCHERS)
@@ -60,13 +64,14 @@ def client(broker: Broker) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def spec_for(broker: Broker) -> Callable[[AppRef], WorkerSpec]:
-    def make_spec(ref: AppRef, cluster_id: str = "c0ffee") -> WorkerSpec:
+def spec_for(launcher: Launcher, broker: Broker) -> Iterator[Callable[[AppRef], WorkerSpec]]:
+    def make_spec(ref: AppRef) -> WorkerSpec:
         return WorkerSpec(
-            cluster_id=cluster_id,
+            cluster_id=ID,
+            workers=2,
             directory=broker._directory,
             environment={
-                "CLUSTER_ID": cluster_id,
+                "CLUSTER_ID": ID,
                 "CLUSTER_ADDRESS": broker.endpoint.address,
                 "CLUSTER_SECRET": broker.endpoint.secret,
                 "CLUSTER_APP": ref.to_json(),
@@ -74,7 +79,8 @@ def spec_for(broker: Broker) -> Callable[[AppRef], WorkerSpec]:
             },
         )
 
-    return make_spec
+    yield make_spec
+    launcher.close(ID)
 
 
 @pytest.fixture
@@ -83,7 +89,7 @@ def spec(spec_for: Callable[[AppRef], WorkerSpec]) -> WorkerSpec:
 
 
 @pytest.fixture
-def ended(launcher: Launcher) -> Iterator[list[WorkerRef]]:
+def ended(launcher: Launcher, spec: WorkerSpec) -> Iterator[list[WorkerRef]]:
     """Refs put in here are ended after the test, however that ends."""
     refs: list[WorkerRef] = []
     yield refs
@@ -128,6 +134,7 @@ def test_workers_from_launch_to_leave(
     launcher: Launcher, spec: WorkerSpec, client: redis.Redis, ended: list[WorkerRef]
 ):
     """They register under the id that launch gave out, and end with code 0 when told."""
+    launcher.prepare(spec)
     refs = list(launcher.launch(spec, 2))
     ended += refs
     assert len(set(refs)) == 2
@@ -147,6 +154,19 @@ def test_workers_from_launch_to_leave(
     for status in launcher.describe(refs).values():
         assert (status.phase, status.exit_code) == (Phase.EXITED, 0)
     assert list(launcher.find(spec.cluster_id)) == []
+
+
+def test_what_was_prepared_is_let_go_of_whether_used_or_not(launcher: Launcher, spec: WorkerSpec):
+    """Before there is a broker; closing twice, or what was never prepared, does no harm."""
+    without = {
+        name: value
+        for name, value in spec.environment.items()
+        if name not in ("CLUSTER_ADDRESS", "CLUSTER_SECRET")
+    }
+    launcher.prepare(dataclasses.replace(spec, environment=without))
+    launcher.close(spec.cluster_id)
+    launcher.close(spec.cluster_id)
+    launcher.close("no-such-cluster")
 
 
 def test_terminate_ends_workers_in_any_state(
@@ -184,7 +204,7 @@ def test_a_worker_of_another_version_ends_at_once(
     launcher: Launcher, spec: WorkerSpec, ended: list[WorkerRef]
 ):
     environment = {**spec.environment, "CLUSTER_VERSION": "0.0.0"}
-    other = WorkerSpec(spec.cluster_id, spec.directory, environment)
+    other = dataclasses.replace(spec, environment=environment)
     refs = list(launcher.launch(other, 1))
     ended += refs
     wait_until(lambda: final(launcher, refs), "it has ended")

@@ -24,7 +24,7 @@ def server_of(c: cluster.Cluster) -> psutil.Process:
 
 
 def guardian_of(c: cluster.Cluster) -> psutil.Process:
-    return psutil.Process(c._broker._process.pid)
+    return psutil.Process(c._broker._guardian.pid)
 
 
 def test_a_task_that_runs_while_the_broker_restarts_runs_once(tmp_path: Path, eventually):

@@ -73,8 +73,8 @@ def test_nothing_is_left(way: str, tmp_path: Path, traces: Traces, eventually):
     ) as manager:
         assert manager.stdin is not None and manager.stdout is not None
         port = int(manager.stdout.readline())
-        # Manager, guardian, server, two workers with a child each.
-        assert len(traces.processes()) == 7
+        # Manager, guardian, server, fork server, two workers with a child each.
+        assert len(traces.processes()) == 8
         assert listens(port)
         manager.stdin.write("go\n")
         manager.stdin.flush()

@@ -338,7 +338,7 @@ from celery import Celery
 app = Celery("fails")
 @app.task
 def one(): return 1
-if "cluster.worker" in sys.orig_argv:
+if "cluster.worker.forkserver" in sys.orig_argv:
     raise RuntimeError("no licence for the workers")
 """
 
@@ -363,7 +363,7 @@ from celery import Celery
 app = Celery("onefails")
 @app.task
 def one(): return 1
-if "cluster.worker" in sys.orig_argv:
+if "cluster.worker.forkserver" in sys.orig_argv:
     os.mkdir({path!r})  # the second one can't
 """
 
@@ -383,7 +383,7 @@ HANGS = """
 import sys, threading
 from celery import Celery
 app = Celery("hangs")
-if "cluster.worker" in sys.orig_argv:
+if "cluster.worker.forkserver" in sys.orig_argv:
     print("waiting for godot", flush=True)
     threading.Event().wait()
 """

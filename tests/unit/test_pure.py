@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cluster import jsonlines
 from cluster.broker import messages
 from cluster.broker.presence import Presence
 from cluster.model import (
@@ -228,16 +229,16 @@ def test_no_repr_shows_the_secret():
 
 def test_messages_come_through_as_they_were():
     order = messages.Order("redis-server", "127.0.0.1", "00" * 32, "/run", 4)
-    assert messages.decode_order(messages.encode(order)) == order
+    assert jsonlines.decode(jsonlines.encode(order), messages.Order) == order
     for event in (
         messages.Started(7000, 12),
         messages.Failed("it ended", ("a", "b")),
         messages.Restarted(13, "it ended with code -9"),
         messages.Dead("n1@h", 3),
     ):
-        line = messages.encode(event)
+        line = jsonlines.encode(event)
         assert line.count(b"\n") == 1
-        assert messages.decode_event(line) == event
+        assert jsonlines.decode(line, *messages.EVENTS) == event
 
 
 # -- wire ----------------------------------------------------------------------------
