@@ -23,6 +23,7 @@ from cluster.errors import (
     ConfigurationError,
     LaunchError,
     StateError,
+    VersionMismatch,
     WorkerLost,
     WorkersNotReady,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "ConfigurationError",
     "LaunchError",
     "StateError",
+    "VersionMismatch",
     "WorkerLost",
     "WorkersNotReady",
     "__version__",

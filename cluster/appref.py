@@ -206,6 +206,12 @@ def _task_modules(app: celery.Celery) -> set[str]:
     return found
 
 
+def task_names(app: celery.Celery, ref: AppRef) -> frozenset[str]:
+    """The tasks that a worker has once it has imported the app by ``ref``."""
+    modules = {*ref.modules, "__main__"} if ref.script else set(ref.modules)
+    return frozenset(name for name, task in app.tasks.items() if type(task).__module__ in modules)
+
+
 def _script_of(main: ModuleType) -> tuple[str, str]:
     """The script's file and package, or two empty strings."""
     file = getattr(main, "__file__", None)

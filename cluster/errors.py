@@ -10,6 +10,7 @@
     │   └── BrokerLost                              the broker is gone and can't come back
     ├── LaunchError                                 the platform refused or failed to start workers
     ├── WorkersNotReady      (also a TimeoutError)  too few workers at the deadline
+    ├── VersionMismatch                             workers run other code than the manager
     └── WorkerLost                                  a task kills its workers, or none are left
 
 Data travels as attributes; the message is for people and says what to do.
@@ -33,6 +34,7 @@ __all__ = [
     "ConfigurationError",
     "LaunchError",
     "StateError",
+    "VersionMismatch",
     "WorkerLost",
     "WorkersNotReady",
 ]
@@ -107,6 +109,21 @@ class WorkersNotReady(ClusterError, TimeoutError):
         self.elapsed = elapsed
         self.statuses = dict(statuses)
         self.logs = {worker: tuple(lines) for worker, lines in logs.items()}
+
+    def __str__(self) -> str:
+        return _with_log(self.args[0], self.logs)
+
+
+class VersionMismatch(ClusterError):
+    """Too few workers are left since they run what can't work with this manager: another major
+    version of Celery, say, or none of its tasks. All that was launched has been cancelled.
+
+    ``logs`` holds the last lines of those that ended for it.
+    """
+
+    def __init__(self, message: str, *, logs: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__(message)
+        self.logs = {worker: tuple(lines) for worker, lines in (logs or {}).items()}
 
     def __str__(self) -> str:
         return _with_log(self.args[0], self.logs)

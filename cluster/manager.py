@@ -29,6 +29,7 @@ from cluster.errors import (
     ClusterError,
     ConfigurationError,
     StateError,
+    VersionMismatch,
     WorkerLost,
     WorkersNotReady,
 )
@@ -49,6 +50,7 @@ from cluster.readiness import Verdict, decide
 from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
 from cluster.supervisor import LOG_TAIL, Supervisor
 from cluster.wire.client import connect
+from cluster.wire.exitcodes import ExitCode
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.registration import announce_over
 from cluster.wire.secret import new_secret
@@ -141,6 +143,7 @@ class Cluster:
         self._client: Redis | None = None
         self._supervisor: Supervisor | None = None
         self._lost: BrokerLost | None = None
+        self._remarks: list[str] | None = []  # while starting; later ones are logged
         self._state_lock = threading.Lock()
         self._stop_lock = threading.Lock()
         self._stopping_thread: int | None = None
@@ -307,6 +310,8 @@ class Cluster:
             wanted=plan.workers,
             client=self._client,
             binding=self._binding,
+            side=plan.side,
+            on_remark=self._on_remark,
             on_failure=self._on_failure,
         )
         if self._lost is not None:
@@ -324,6 +329,7 @@ class Cluster:
         elapsed = time.monotonic() - began
         if verdict is Verdict.TOO_FEW:
             raise self._not_ready(self._supervisor, plan.workers, plan.minimum, elapsed)
+        self._warn_of_remarks()
         ready = len(self.workers)
         if verdict is Verdict.ENOUGH:
             warnings.warn(
@@ -397,12 +403,17 @@ class Cluster:
 
     def _not_ready(
         self, supervisor: Supervisor, wanted: int, minimum: int, elapsed: float
-    ) -> WorkersNotReady:
+    ) -> WorkersNotReady | VersionMismatch:
         with supervisor.changed:
             ready = len(supervisor.roster.ready)
             statuses = supervisor.roster.statuses
             failed = supervisor.roster.failed
             coming = supervisor.coming
+            mismatched = any(
+                seat.refused or seat.status.exit_code == ExitCode.VERSION_MISMATCH
+                for seat in failed
+            )
+            mismatches = str(supervisor.mismatches)
         if failed:
             reasons = sorted({seat.status.reason for seat in failed})
             why = f"{len(failed)} failed: {'; '.join(reasons)}."
@@ -417,9 +428,14 @@ class Cluster:
             # Workers that fail at the start mostly fail alike.
             if lines not in logs.values():
                 logs[ref.id] = lines
+        said = f"{ready} of {wanted} workers were ready after {elapsed:.1f} s (minimum {minimum})."
+        if mismatched:
+            return VersionMismatch(
+                f"{said} Others run what can't work with this manager.\n{mismatches}".rstrip(),
+                logs=logs,
+            )
         return WorkersNotReady(
-            f"{ready} of {wanted} workers were ready after {elapsed:.1f} s (minimum {minimum}). "
-            f"{why}",
+            f"{said} {why}",
             ready=ready,
             wanted=wanted,
             minimum=minimum,
@@ -443,6 +459,20 @@ class Cluster:
                     self._supervisor.fail(why)
             case _ if self._supervisor is not None:
                 self._supervisor.tell(event)
+
+    def _on_remark(self, remark: str) -> None:
+        """In the supervisor's thread, where a warning would name none of the user's lines."""
+        with self._state_lock:
+            if self._remarks is not None:
+                self._remarks.append(remark)
+                return
+        logger.warning("%s", remark)
+
+    def _warn_of_remarks(self) -> None:
+        with self._state_lock:
+            remarks, self._remarks = self._remarks, None
+        for remark in remarks or ():
+            warnings.warn(remark, RuntimeWarning, stacklevel=5)
 
     def _on_failure(self, why: ClusterError) -> None:
         """In the supervisor's thread: the cluster can't go on."""

@@ -138,12 +138,16 @@ class LauncherDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A worker as it announced itself: its node name, its platform id, where it runs."""
+    """A worker as it announced itself: its node name, its platform id, where it runs; the
+    versions it runs, its tasks, and what it has to say of the app's settings."""
 
     node: str
     worker: str
     host: str
     pid: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

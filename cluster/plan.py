@@ -11,14 +11,16 @@ from typing import Any
 
 from celery import Celery
 
-from cluster.appref import AppRef, find_app, locate
+from cluster.appref import AppRef, find_app, locate, task_names
 from cluster.binding import check_unbound
 from cluster.broker.server import Server, find_server
 from cluster.errors import ConfigurationError, StateError
 from cluster.launchers import base
 from cluster.launchers.base import Launcher
+from cluster.mismatch import Side
 from cluster.model import Severity
 from cluster.settings import manager_settings
+from cluster.versions import versions
 from cluster.wire import identity
 
 logger = logging.getLogger("cluster")
@@ -30,6 +32,7 @@ class Plan:
 
     app: Celery
     ref: AppRef
+    side: Side  # what this process runs, and workers must, too
     launcher: Launcher
     host: str  # where the broker listens
     server: Server
@@ -77,6 +80,11 @@ def make_plan(
         raise ConfigurationError(f"timeout={timeout!r}: give a number of seconds above 0.")
     found = find_app(app)
     check_unbound(found)
+    if found.conf.task_always_eager:
+        raise ConfigurationError(
+            f"{found!r} has task_always_eager=True: its tasks run in this process when they are "
+            "called, and no worker would get one. Set it to False to use a cluster."
+        )
     ref = locate(found)
     for finding in made.preflight(wanted, least):
         match finding.severity:
@@ -89,6 +97,7 @@ def make_plan(
     return Plan(
         app=found,
         ref=ref,
+        side=Side(versions(), task_names(found, ref)),
         launcher=made,
         host=_host(made),
         server=find_server(settings.broker_server),

@@ -20,7 +20,8 @@ from cluster.binding import Binding
 from cluster.broker.messages import Dead, Event, Restarted
 from cluster.errors import ClusterError, LaunchError, WorkerLost
 from cluster.launchers.base import Launcher
-from cluster.model import Phase, WorkerRef, WorkerSpec, WorkerStatus
+from cluster.mismatch import Mismatches, Side
+from cluster.model import Phase, Registration, WorkerRef, WorkerSpec, WorkerStatus
 from cluster.readiness import Pinger
 from cluster.replacement import Replacements
 from cluster.roster import Roster, Seat
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from redis import Redis
 
 logger = logging.getLogger("cluster")
+
+#: Why a worker is refused whose code isn't the manager's.
+MISMATCH = "it runs what can't work with the manager"
 
 #: Seconds that a turn waits for a registration. It ends at once when one comes.
 TURN = 0.1
@@ -59,6 +63,8 @@ class Supervisor(threading.Thread):
         wanted: how many there should be.
         client: of the broker; this thread's own.
         binding: the app, bound.
+        side: what the manager runs, and workers must, too.
+        on_remark: called with what the user should hear of a worker, once for all alike.
         on_failure: called once, with what went wrong, when the cluster can't go on.
     """
 
@@ -70,6 +76,8 @@ class Supervisor(threading.Thread):
         wanted: int,
         client: Redis,
         binding: Binding,
+        side: Side,
+        on_remark: Callable[[str], None],
         on_failure: Callable[[ClusterError], None],
     ) -> None:
         super().__init__(name="cluster-supervisor", daemon=True)
@@ -77,6 +85,9 @@ class Supervisor(threading.Thread):
         #: Guards the roster; notified when something may have changed.
         self.changed = threading.Condition()
         self.failure: ClusterError | None = None
+        self.mismatches = Mismatches(side)
+        self._on_remark = on_remark
+        self._remarks: set[str] = set()
         self._launcher = launcher
         self._spec = spec
         self._client = client
@@ -86,7 +97,7 @@ class Supervisor(threading.Thread):
         self._on_failure = on_failure
         self._replacements = Replacements(wanted)
         self._due: list[float] = []  # when to launch a replacement, one entry each
-        self._to_release: dict[str, str] = {}  # node → why
+        self._to_release: dict[str, tuple[str, bool]] = {}  # node → why, and whether it died
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._reread = False
@@ -176,9 +187,25 @@ class Supervisor(threading.Thread):
             if found is None:
                 return
             entries = [found[1], *(self._client.lpop(keys.JOINED, AT_ONCE) or ())]
+        for entry in entries:
+            self._join(decode(entry))
+
+    def _join(self, registration: Registration) -> None:
+        side = Side(registration.versions, registration.tasks)
         with self.changed:
-            for entry in entries:
-                self.roster.joined(decode(entry))
+            fatal, news = self.mismatches.join(registration.worker, side)
+            if not fatal:
+                self.roster.joined(registration)
+            ref = self.roster.refused(registration, MISMATCH) if fatal else None
+        if ref is not None:
+            self._to_release[registration.node] = (MISMATCH, False)
+            self._launcher.terminate([ref], reason=MISMATCH)
+        if news and not fatal:
+            self._on_remark(f"Workers differ from the manager:\n{self.mismatches}")
+        for remark in registration.remarks:
+            if remark not in self._remarks:
+                self._remarks.add(remark)
+                self._on_remark(remark)
 
     def _give_up(self) -> None:
         """Fail the tasks that were handed out too often; each stays listed until that is done."""
@@ -209,13 +236,13 @@ class Supervisor(threading.Thread):
             self.changed.notify_all()
 
     def _release(self) -> None:
-        """Give back what workers held that their platform says are gone.
+        """Give back what workers held that are refused, or that their platform says are gone.
 
         The guardian has mostly done it already; where a connection outlives
         its worker, only the platform knows.
         """
-        for node, why in tuple(self._to_release.items()):
-            self._scripts.release(node, why, died=True)
+        for node, (why, died) in tuple(self._to_release.items()):
+            self._scripts.release(node, why, died=died)
             del self._to_release[node]
 
     def _hear_guardian(self) -> None:
@@ -246,7 +273,7 @@ class Supervisor(threading.Thread):
             for seat in self.roster.described(statuses):
                 self._bury(seat, seat.status.reason)
                 if seat.node:
-                    self._to_release[seat.node] = seat.status.reason
+                    self._to_release[seat.node] = (seat.status.reason, True)
 
     def _bury(self, seat: Seat, why: str) -> None:
         """A worker is gone: see whether another shall come in its place."""

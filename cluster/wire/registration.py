@@ -20,7 +20,10 @@ def encode(registration: Registration) -> str:
 
 
 def decode(text: str | bytes) -> Registration:
-    return Registration(**json.loads(text))
+    fields = json.loads(text)
+    return Registration(
+        **{**fields, "tasks": tuple(fields["tasks"]), "remarks": tuple(fields["remarks"])}
+    )
 
 
 def announce_over(client: Redis, grace: float) -> None:

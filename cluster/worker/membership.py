@@ -12,6 +12,7 @@ from celery.utils.log import get_logger
 
 from cluster.model import Registration
 from cluster.settings import DRAIN_GRACE
+from cluster.versions import versions
 from cluster.wire import keys
 from cluster.wire.exitcodes import ExitCode
 from cluster.wire.ledger import CONNECTION_ERRORS
@@ -19,6 +20,7 @@ from cluster.wire.registration import encode
 from cluster.wire.scripts import Scripts
 from cluster.worker.drain import Drain
 from cluster.worker.processes import end_now, reset_in_children
+from cluster.worker.remarks import remarks
 from cluster.worker.wake import Wake
 from cluster.worker.watchdog import Watchdog
 
@@ -40,12 +42,10 @@ class Membership:
 
     def __init__(self, worker: Any, id: str, drain: Drain, watchdog: Watchdog) -> None:  # noqa: A002
         self._worker = worker
+        self._id = id
         self._drain = drain
         self._watchdog = watchdog
         self._begun = False
-        self._registration = Registration(
-            node=worker.hostname, worker=id, host=socket.gethostname(), pid=os.getpid()
-        )
 
     def begin(self, **_: Any) -> None:
         """Receives Celery's ``worker_ready``, which comes again with each new consumer."""
@@ -53,9 +53,10 @@ class Membership:
             return
         self._begun = True
         try:
+            registration = self._describe()
             self._listen_for_orders()
             self._wait_for_presence()
-            self._register()
+            self._register(registration)
         except Exception:  # noqa: BLE001 (whatever it is, this worker is of no use)
             # Celery would log what a signal's receiver raises, and go on.
             traceback.print_exc()
@@ -63,7 +64,7 @@ class Membership:
         # Two turns of the event loop later: in the first it subscribes to
         # what a ping comes in on.
         hub = self._worker.hub
-        hub.call_soon(hub.call_soon, self._announce)
+        hub.call_soon(hub.call_soon, self._announce, registration)
 
     def _listen_for_orders(self) -> None:
         hub = self._worker.hub
@@ -90,15 +91,27 @@ class Membership:
         if not self._watchdog.subscribed.wait(FIRST_CONNECTION):
             raise TimeoutError(f"no connection to the broker within {FIRST_CONNECTION:.0f} s")
 
-    def _register(self) -> None:
+    def _describe(self) -> Registration:
+        app = self._worker.app
+        return Registration(
+            node=self._worker.hostname,
+            worker=self._id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            versions=versions(),
+            tasks=tuple(app.tasks),
+            remarks=remarks(app, self._worker.concurrency),
+        )
+
+    def _register(self, registration: Registration) -> None:
         with self._worker.app.connection_for_write() as connection:
             scripts = Scripts(connection.default_channel.client)
-            scripts.register(self._registration.node, encode(self._registration))
+            scripts.register(registration.node, encode(registration))
 
-    def _announce(self) -> None:
+    def _announce(self, registration: Registration) -> None:
         try:
             with self._worker.app.connection_for_write() as connection:
-                connection.default_channel.client.lpush(keys.JOINED, encode(self._registration))
+                connection.default_channel.client.lpush(keys.JOINED, encode(registration))
         except CONNECTION_ERRORS as error:
             # The manager has lost its connection as well, and looks at the
             # registrations once it has another.

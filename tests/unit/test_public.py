@@ -21,6 +21,7 @@ def test_the_public_names_are_these():
         "ConfigurationError",
         "LaunchError",
         "StateError",
+        "VersionMismatch",
         "WorkerLost",
         "WorkersNotReady",
         "__version__",
