@@ -68,6 +68,24 @@ TRANSPORT_OPTIONS: Mapping[str, Any] = {
     "ack_emulation": True,
 }
 
+#: Ours: what says how to reach other servers than the one in the URL, or what these ask
+#: for. Celery sets each on top of the URL, and ours speaks no TLS and knows no users.
+OTHER_SERVERS: Mapping[str, Any] = {
+    "broker_host": None,
+    "broker_port": None,
+    "broker_user": None,
+    "broker_password": None,
+    "broker_vhost": None,
+    "broker_use_ssl": False,
+    "redis_backend_use_ssl": None,
+    "redis_host": None,
+    "redis_port": None,
+    "redis_db": None,
+    "redis_username": None,
+    "redis_password": None,
+    "redis_backend_credential_provider": None,
+}
+
 _TRANSPORT = "cluster.wire.transport:Transport"
 
 _MISSING = object()
@@ -97,6 +115,7 @@ def _ours(app: celery.Celery, endpoint: Endpoint) -> Mapping[str, Any]:
         "broker_read_url": url,
         "broker_write_url": url,
         "broker_transport": _TRANSPORT,
+        **OTHER_SERVERS,
         "broker_transport_options": {
             **(app.conf.broker_transport_options or {}),
             **TRANSPORT_OPTIONS,
