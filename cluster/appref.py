@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import celery
+from celery.app import defaults as celery_defaults
 
 from cluster.errors import ConfigurationError
 
@@ -109,6 +110,12 @@ def _import_path(path: str) -> Any:
             f"app={path!r} is no import path. Write the module, a colon and the app's name "
             'in it, such as app="package.module:app".'
         )
+    if "(" in attribute:
+        raise ConfigurationError(
+            f"app={path!r}: a call is no import path. Every worker imports the app by a name, so "
+            "keep what the factory makes in a module, such as app = create_app() or, with Flask, "
+            'app = create_app().extensions["celery"], and give that one\'s path.'
+        )
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -144,7 +151,7 @@ def locate(app: celery.Celery) -> AppRef:
             "app = Celery(...) and its tasks at the top level of a module or of the script."
         )
     else:
-        home, attribute = "", app.main or ""
+        home, attribute = "", _name_of_bare(app)
     script = package = ""
     if "__main__" in task_modules or home == "__main__":
         main = sys.modules["__main__"]
@@ -155,9 +162,42 @@ def locate(app: celery.Celery) -> AppRef:
                     "The tasks are defined in an interactive session or on standard input, "
                     "which no worker can import. Put them into a file: a script or a module."
                 )
-            home, attribute = "", app.main or ""
+            home, attribute = "", _name_of_bare(app)
     modules = tuple(sorted(task_modules - {"__main__"}))
     return AppRef(home, attribute, script, package, modules, tuple(sys.argv))
+
+
+#: Settings of an app that no module holds which needn't be known in a worker: the
+#: binding sets them anyway (cluster/binding.py).
+_SET_BY_BINDING = ("broker_", "redis_", "result_backend")
+
+
+def _name_of_bare(app: celery.Celery) -> str:
+    """The main name of an app that a worker makes anew from it and nothing else.
+
+    Raises:
+        ConfigurationError: that would be another app than this one.
+    """
+    _ = app.conf.broker_url  # until something is read, the configuration is none yet
+    own = sorted(
+        name
+        for name, value in app.conf.without_defaults().items()
+        if name in celery_defaults.DEFAULTS
+        and not name.startswith(_SET_BY_BINDING)
+        and value != celery_defaults.DEFAULTS[name]
+    )
+    if type(app) is not celery.Celery:
+        own.append(f"the class {type(app).__name__}")
+    if app.task_cls != celery.Celery.task_cls:
+        own.append("task_cls")
+    if own:
+        raise ConfigurationError(
+            f"{app!r} isn't the value of a name at the top level of a module that a worker can "
+            f"import, and has settings of its own that a worker would miss: {', '.join(own)}. "
+            "Write app = Celery(...) at the top level of a module or of the script; or, where a "
+            "function makes it, app = create_app()."
+        )
+    return app.main or ""
 
 
 def _is_local(task: celery.Task[Any, Any]) -> bool:
