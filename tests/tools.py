@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import secrets
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+
+from cluster.settings import CELERY_OVERRIDES
 
 #: Every process that a test starts, and theirs, has this variable with the test's own value.
 MARK = "CLUSTER_TEST_MARK"
@@ -85,3 +92,46 @@ def descriptors_of(process: psutil.Process) -> list[str]:
         if target.startswith(("socket:", "pipe:", "/tmp")):
             found.append(target)
     return found
+
+
+def strip_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on what happens to be set; the choice of the server is CI's."""
+    for name in list(os.environ):
+        if name.startswith(("CLUSTER_", "AWS_", "ECS_")) and name != "CLUSTER_BROKER_SERVER":
+            monkeypatch.delenv(name)
+    for name in CELERY_OVERRIDES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@contextlib.contextmanager
+def leaving_nothing(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forget: Callable[[], object] = lambda: None,
+) -> Iterator[Traces]:
+    """At the end: no process, listening socket, descriptor, thread or temporary file more than
+    before. Yields how they are known.
+
+    Args:
+        directory: an empty one, for temporary files.
+        forget: called before the descriptors are counted, to drop what pytest keeps.
+    """
+    mark = secrets.token_hex(8)
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv("TMPDIR", str(directory))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    me = psutil.Process()
+    threads = set(threading.enumerate())
+    descriptors = set(descriptors_of(me))
+    traces = Traces(mark, directory)
+    yield traces
+    traces.check_gone()
+    wait_until(
+        lambda: set(threading.enumerate()) <= threads,
+        f"threads are left: {set(threading.enumerate()) - threads}",
+        GONE_WITHIN,
+    )
+    forget()
+    gc.collect()
+    more = set(descriptors_of(me)) - descriptors
+    assert not more, f"descriptors are left: {more}"
