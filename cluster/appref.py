@@ -130,8 +130,12 @@ def _import_path(path: str) -> Any:
         ) from error
 
 
-def locate(app: celery.Celery) -> AppRef:
+def locate(app: celery.Celery, path: str = "") -> AppRef:
     """How a worker gets this app.
+
+    Args:
+        app: the app.
+        path: its import path, if that is how it was given.
 
     Raises:
         ConfigurationError: it can't; the message says how to change that.
@@ -140,7 +144,9 @@ def locate(app: celery.Celery) -> AppRef:
     holders = list(_holders(app))
     # An app that a module defines and the script imports is found in both.
     importable = [(name, attribute) for name, attribute in holders if name != "__main__"]
-    if importable:
+    if path:
+        home, _, attribute = path.partition(":")
+    elif importable:
         home, attribute = importable[0]
     elif holders:
         home, attribute = holders[0]

@@ -85,7 +85,7 @@ def make_plan(
             f"{found!r} has task_always_eager=True: its tasks run in this process when they are "
             "called, and no worker would get one. Set it to False to use a cluster."
         )
-    ref = locate(found)
+    ref = locate(found, app if isinstance(app, str) else "")
     for finding in made.preflight(wanted, least):
         match finding.severity:
             case Severity.REFUSE:
