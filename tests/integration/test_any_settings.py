@@ -251,6 +251,30 @@ def test_pickle_and_nothing_else(module: Module, forced_root: None):
     assert run_one(module, "pickled", PICKLED) == {1, 2}
 
 
+def test_pickle_as_root(module: Module, monkeypatch: pytest.MonkeyPatch):
+    """In a container everybody is root. Celery refuses since whoever reaches the broker could
+    run anything; here that takes the run's secret."""
+    monkeypatch.delenv("C_FORCE_ROOT", raising=False)
+    assert run_one(module, "pickled_as_root", PICKLED) == {1, 2}
+
+
+CANNOT_BE_BUILT = """
+from celery import Celery, bootsteps
+app = Celery("unbuildable")
+class Step(bootsteps.Step):
+    def __init__(self, parent, **kwargs): raise ValueError("no such licence")
+app.steps["worker"].add(Step)
+"""
+
+
+def test_a_worker_that_cannot_be_built_ends_the_start_early(module: Module):
+    """Another one would end alike: the app's configuration is no passing trouble."""
+    name = module("unbuildable", CANNOT_BE_BUILT)
+    with pytest.raises(cluster.WorkersNotReady, match="no such licence") as caught:
+        cluster.start(1, app=f"{name}:app", timeout=60)
+    assert [status.exit_code for status in caught.value.statuses.values()] == [84]
+
+
 WORKER_SETTINGS = """
 app.conf.update(
     worker_pool="solo", worker_concurrency=7, worker_max_tasks_per_child=1,
