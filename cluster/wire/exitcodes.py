@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
     PLATFORM_NOTICE = 81  # told to leave by its platform (SIGTERM); handed its work back
     ORPHANED = 82  # the manager or the broker is gone
     FENCED = 83  # was declared dead, and came back
-    IMPORT_FAILED = 84  # the app can't be imported
+    IMPORT_FAILED = 84  # the app can't be imported, or Celery builds no worker for it
     VERSION_MISMATCH = 85  # another version of this package than the manager's
 
 
@@ -26,7 +26,7 @@ _MEANING = {
     ExitCode.PLATFORM_NOTICE: "told to leave by its platform (SIGTERM)",
     ExitCode.ORPHANED: "ended itself: manager or broker gone",
     ExitCode.FENCED: "had been declared dead and ended itself when it came back",
-    ExitCode.IMPORT_FAILED: "the app can't be imported",
+    ExitCode.IMPORT_FAILED: "the app can't be imported or set up",
     ExitCode.VERSION_MISMATCH: "runs another version of celery-cluster than the manager",
 }
 

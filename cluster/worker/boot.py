@@ -102,16 +102,30 @@ def _serve(
 
     # It runs as whoever started it does, and in a container that is mostly root.
     warnings.simplefilter("ignore", SecurityWarning)
-    worker = app.Worker(
-        hostname=node,
-        pool="prefork",
-        concurrency=settings.concurrency,
-        loglevel=settings.loglevel,
-        without_mingle=True,
-        without_gossip=True,
-        without_heartbeat=True,
-        quiet=True,
-    )
+    # Celery lets no root accept pickle, since whoever reaches the broker could then run
+    # anything; here that takes the run's secret.
+    force_root = os.environ.get("C_FORCE_ROOT")
+    os.environ["C_FORCE_ROOT"] = "true"
+    try:
+        worker = app.Worker(
+            hostname=node,
+            pool="prefork",
+            concurrency=settings.concurrency,
+            loglevel=settings.loglevel,
+            without_mingle=True,
+            without_gossip=True,
+            without_heartbeat=True,
+            quiet=True,
+        )
+    except Exception:  # noqa: BLE001 (whatever it is, another worker would fail alike)
+        traceback.print_exc()
+        print("Celery can't build a worker for this app.", file=sys.stderr)
+        return ExitCode.IMPORT_FAILED
+    finally:
+        if force_root is None:
+            del os.environ["C_FORCE_ROOT"]
+        else:
+            os.environ["C_FORCE_ROOT"] = force_root
     membership = Membership(worker, settings.worker, drain, watchdog)
     worker_process_init.connect(begin_child)
     worker_ready.connect(membership.begin)

@@ -290,10 +290,15 @@ app.conf.update(
 
 
 def test_a_workers_own_settings(module: Module):
-    """A new process for each task, a time zone, exchanges of its own names; the pool is ours."""
+    """A new process for each task, a time zone, exchanges of its own names; the pool is ours,
+    which is said."""
     name = module("settled", f"{TASKS}{WORKER_SETTINGS}\nimport os\n"
                   "@app.task\ndef pid(): return os.getpid(), str(app.timezone)\n")  # fmt: skip
-    with cluster.start(1, app=f"{name}:app", timeout=15):
+    with pytest.warns(RuntimeWarning) as warned:
+        c = cluster.start(1, app=f"{name}:app", timeout=15)
+    said = sorted(str(warning.message).split(" is ")[0] for warning in warned)
+    assert said == ["worker_concurrency=7", "worker_pool='solo'"]
+    with c:
         pids = [sys.modules[name].pid.delay().get(timeout=SOON) for _ in range(3)]
         assert len({pid for pid, _ in pids}) == 3
         assert {zone for _, zone in pids} == {"Europe/Berlin"}
