@@ -17,7 +17,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import celery
 import kombu.pools
@@ -27,8 +27,10 @@ from cluster.errors import ClusterError, StateError
 from cluster.model import Endpoint
 from cluster.settings import CELERY_OVERRIDES, SOCKET_TIMEOUT
 from cluster.wire import ending
-from cluster.wire.backend import PREFIX, Backend
 from cluster.wire.secret import broker_url, password
+
+if TYPE_CHECKING:
+    from cluster.wire.backend import Backend
 
 #: The user's, with defaults that lose no task, and show what one prints; only a worker heeds
 #: these. Celery's names: https://docs.celeryq.dev/en/stable/userguide/configuration.html
@@ -88,6 +90,9 @@ OTHER_SERVERS: Mapping[str, Any] = {
 
 _TRANSPORT = "cluster.wire.transport:Transport"
 
+#: Celery resolves ``<this>+redis://…`` (celery/app/backends.py, by_url).
+_BACKEND = "cluster.wire.backend:Backend"
+
 _MISSING = object()
 
 
@@ -120,7 +125,7 @@ def _ours(app: celery.Celery, endpoint: Endpoint) -> Mapping[str, Any]:
             **(app.conf.broker_transport_options or {}),
             **TRANSPORT_OPTIONS,
         },
-        "result_backend": PREFIX + url,
+        "result_backend": f"{_BACKEND}+{url}",
     }
 
 

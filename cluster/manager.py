@@ -17,11 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from redis.exceptions import RedisError
-
 from cluster import leaving
 from cluster._version import __version__
-from cluster.binding import Binding
 from cluster.broker.broker import Broker
 from cluster.broker.messages import Event, Failed
 from cluster.errors import (
@@ -44,20 +41,19 @@ from cluster.model import (
     WorkerSpec,
     WorkerView,
 )
-from cluster.plan import Plan, count, make_plan
+from cluster.plan import Plan, count, make_plan, seconds
 from cluster.progress import Display
 from cluster.readiness import Verdict, decide
 from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
-from cluster.supervisor import LOG_TAIL, Supervisor
-from cluster.wire.client import connect
 from cluster.wire.exitcodes import ExitCode
-from cluster.wire.ledger import CONNECTION_ERRORS
-from cluster.wire.registration import announce_over
 from cluster.wire.secret import new_secret
 
 if TYPE_CHECKING:
     from celery import Celery
     from redis import Redis
+
+    from cluster.binding import Binding
+    from cluster.supervisor import Supervisor
 
 logger = logging.getLogger("cluster")
 
@@ -67,8 +63,9 @@ EXIT_ALLOWANCE = 1.0
 #: Seconds between looks at workers that are leaving.
 LOOK_EVERY = 0.02
 
-#: Failed workers whose logs go into an error.
+#: Failed workers whose logs go into an error, and the last lines of each.
 LOGS_SHOWN = 5
+LOG_TAIL = 30
 
 #: What a result raises that hadn't come by then.
 STOPPED = ClusterError(
@@ -125,6 +122,8 @@ def start(
         timeout=timeout,
         options=options,
     )
+    if progress not in (None, True, False):
+        raise ConfigurationError(f"progress={progress!r}: give True, False or None.")
     cluster = Cluster(plan)
     cluster._start(Display(progress))
     return cluster
@@ -185,7 +184,7 @@ class Cluster:
             id=self._id,
             state=self._state,
             launcher=self.launcher.name,
-            broker=broker.endpoint.address if broker is not None else "",
+            broker=broker.endpoint.address if broker and broker.endpoint else "",
             wanted=self._plan.workers,
             workers=views,
         )
@@ -204,6 +203,7 @@ class Cluster:
             ConfigurationError: there is no such worker.
             StateError: the cluster is stopped, and its workers' logs are gone.
         """
+        count("tail", tail)
         supervisor = self._supervisor
         if supervisor is None or self._state is State.STOPPED:
             raise StateError(f"{self!r} has no logs any more. Ask before it is stopped.")
@@ -234,7 +234,7 @@ class Cluster:
         if self._state not in (State.STARTING, State.READY, State.SCALING, State.FAILED):
             raise StateError(f"{self!r} doesn't run.")
         wanted = count("n", n)
-        seconds = self.launcher.defaults.timeout if timeout is None else timeout
+        limit = self.launcher.defaults.timeout if timeout is None else seconds("timeout", timeout)
         supervisor = self._require_supervisor()
         began = time.monotonic()
         verdict = self._wait(
@@ -242,7 +242,7 @@ class Cluster:
             wanted=wanted,
             minimum=wanted,
             began=began,
-            timeout=seconds,
+            timeout=limit,
             display=Display(False),
         )
         if verdict is not Verdict.ALL:
@@ -253,6 +253,9 @@ class Cluster:
             f"<Cluster {self._id} {self._state}: {len(self.workers)} of {self._plan.workers} "
             f"workers ready, {self.launcher.name}>"
         )
+
+    def _repr_html_(self) -> str:
+        return self.status()._repr_html_()
 
     def __enter__(self) -> Self:
         return self
@@ -301,7 +304,12 @@ class Cluster:
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        endpoint = self._broker.endpoint
+        # Here rather than above: that takes as long as a broker needs to start.
+        from cluster.binding import Binding
+        from cluster.supervisor import Supervisor
+        from cluster.wire.client import connect
+
+        endpoint = self._broker.wait()
         self._client = connect(endpoint, SOCKET_TIMEOUT)
         self._binding = Binding(plan.app, endpoint)
         self._supervisor = Supervisor(
@@ -493,7 +501,11 @@ class Cluster:
 
         Args:
             timeout: seconds for running tasks.
+
+        Raises:
+            ConfigurationError: ``timeout`` is none. Nothing was stopped.
         """
+        seconds("timeout", timeout)
         if os.getpid() != self._pid:
             return  # a forked process's copy: the cluster isn't its to stop
         if self._stopping_thread == threading.get_ident():
@@ -549,6 +561,11 @@ class Cluster:
         """Tell the workers that it is over; false if the broker can't."""
         if self._client is None:
             return False
+        from redis.exceptions import RedisError
+
+        from cluster.wire.ledger import CONNECTION_ERRORS
+        from cluster.wire.registration import announce_over
+
         try:
             announce_over(self._client, grace)
         except (*CONNECTION_ERRORS, RedisError) as error:

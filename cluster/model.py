@@ -8,6 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
+from cluster import tables
+
 
 class State(StrEnum):
     """Where a cluster is in its life."""
@@ -172,15 +174,34 @@ class ClusterStatus:
     workers: tuple[WorkerView, ...]
 
     def __str__(self) -> str:
+        return "\n".join([self._head, *([tables.text(self._rows)] if self.workers else [])])
+
+    def _repr_html_(self) -> str:
+        return tables.as_html(self._head, self._rows)
+
+    @property
+    def _head(self) -> str:
         ready = sum(worker.ready for worker in self.workers)
         where = f", broker at {self.broker}" if self.broker else ""
-        head = f"cluster {self.id}: {self.state}, {ready} of {self.wanted} workers ready "
-        lines = [f"{head}({self.launcher}{where})"]
-        width = max((len(worker.id) for worker in self.workers), default=0)
-        for worker in self.workers:
-            state = "ready" if worker.ready else str(worker.status.phase)
-            lines.append(f"  {worker.id:<{width}}  {state:<8}  {worker.status.reason}".rstrip())
-        return "\n".join(lines)
+        return (
+            f"cluster {self.id}: {self.state}, {ready} of {self.wanted} workers ready "
+            f"({self.launcher}{where})"
+        )
+
+    @property
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            ("worker", "state", "node", ""),
+            *(
+                (
+                    worker.id,
+                    "ready" if worker.ready else str(worker.status.phase),
+                    worker.node or "-",
+                    worker.status.reason,
+                )
+                for worker in self.workers
+            ),
+        ]
 
 
 class WorkerLogs(dict[str, Sequence[str]]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
+import operator
 import os
 import warnings
 from dataclasses import dataclass
@@ -75,9 +77,9 @@ def make_plan(
     least = wanted if minimum is None else count("minimum", minimum)
     if least > wanted:
         raise ConfigurationError(f"minimum={least} is more than workers={wanted}.")
-    seconds = made.defaults.timeout if timeout is None else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-        raise ConfigurationError(f"timeout={timeout!r}: give a number of seconds above 0.")
+    limit = made.defaults.timeout if timeout is None else seconds("timeout", timeout)
+    if limit == 0:
+        raise ConfigurationError("timeout=0: no worker is ready at once. Give more seconds.")
     found = find_app(app)
     check_unbound(found)
     if found.conf.task_always_eager:
@@ -103,15 +105,31 @@ def make_plan(
         server=find_server(settings.broker_server),
         workers=wanted,
         minimum=least,
-        timeout=float(seconds),
+        timeout=limit,
     )
 
 
 def count(name: str, value: int) -> int:
     """Raise :class:`ConfigurationError` unless ``value`` is a whole number, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    try:
+        number = operator.index(value)  # NumPy's whole numbers as well
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or number < 0:
         raise ConfigurationError(f"{name}={value!r}: give a whole number, 0 or more.")
-    return value
+    return number
+
+
+def seconds(name: str, value: float) -> float:
+    """Raise :class:`ConfigurationError` unless ``value`` is a number of seconds that end."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value < 0
+    ):
+        raise ConfigurationError(f"{name}={value!r}: give a number of seconds, 0 or more.")
+    return float(value)
 
 
 def _host(launcher: Launcher) -> str:

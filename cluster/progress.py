@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Display:
@@ -18,7 +19,7 @@ class Display:
 
     def __init__(self, shown: bool | None) -> None:
         show = shown is not False and sys.stderr is not None  # None: it was closed
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True) if show else None
+        self._console = _console() if show else None
         live = self._console is not None and self._console.is_terminal
         self._status = self._console.status("") if self._console is not None and live else None
         self._last = ""
@@ -50,3 +51,10 @@ class Display:
         if self._console is not None and text != self._last:
             self._console.print(text, markup=False)
         self._last = text
+
+
+def _console() -> Console:
+    # A script that shows nothing needn't pay for it.
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)

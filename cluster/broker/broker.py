@@ -10,9 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.broker.guardian import START_TIMEOUT
 from cluster.broker.messages import EVENTS, Event, Failed, Order, Restarted, Started
-from cluster.broker.server import Server
+from cluster.broker.server import START_TIMEOUT, Server
 from cluster.companion import Companion
 from cluster.errors import BrokerStartError
 from cluster.jsonlines import decode, encode
@@ -27,7 +26,7 @@ STOP_TIMEOUT = 3.0
 
 
 class Broker:
-    """A running broker and its guardian process.
+    """A broker and its guardian process; made, it starts, and is up after :meth:`wait`.
 
     Args:
         server: the program.
@@ -38,9 +37,6 @@ class Broker:
         on_event: called, in a thread of the broker's, with what the guardian
             reports after the start. A guardian that died is reported as
             :class:`Failed`.
-
-    Raises:
-        BrokerStartError: with the end of the server's log.
     """
 
     def __init__(
@@ -74,19 +70,21 @@ class Broker:
             directory=str(directory),
             workers=workers,
         )
-        try:
-            self._guardian.send(encode(order))  # if it is gone, the handshake says why
-            port = self._handshake()
-        except BaseException:
-            self.stop()
-            raise
-        self.endpoint = Endpoint(host, port, secret)
+        self._order = order
+        self.endpoint: Endpoint | None = None
+        self._guardian.send(encode(order))  # if it is gone, wait() says why
 
-    def _handshake(self) -> int:
+    def wait(self) -> Endpoint:
+        """Wait until it is up.
+
+        Raises:
+            BrokerStartError: it isn't, with the end of the server's log.
+        """
         self._started.wait(HANDSHAKE_TIMEOUT)
         match self._first:
             case Started(port=port):
-                return port
+                self.endpoint = Endpoint(self._order.host, port, self._order.secret)
+                return self.endpoint
             case Failed(reason=reason, log=log):
                 raise BrokerStartError(f"The broker didn't start: {reason}.", log=log)
             case _:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, cast
 
 from cluster.broker.messages import Dead, Event, Failed, Order, Restarted, Started
 from cluster.broker.presence import Presence
-from cluster.broker.server import configuration, write_configuration
+from cluster.broker.server import START_TIMEOUT, configuration, write_configuration
 from cluster.companion import Leash
 from cluster.jsonlines import decode, encode
 from cluster.logfile import last_lines
@@ -45,9 +45,7 @@ TICK = 0.02
 #: Seconds between full looks, which don't rest on the counts alone.
 FULL_LOOK = 1.0
 
-#: Seconds for a server to answer its first PING. Loading the data of a large
-#: queue after a restart takes time too.
-START_TIMEOUT = 10.0
+#: As START_TIMEOUT, for one that has the data of a large queue to load.
 RESTART_TIMEOUT = 30.0
 
 #: Seconds for one command to the server: the loop must come round to its other duties.

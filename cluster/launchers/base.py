@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -138,7 +139,8 @@ def make(launcher: str | Launcher, options: Mapping[str, Any]) -> Launcher:
         point = available().get(launcher)
         if point is None:
             raise ConfigurationError(
-                f"There is no launcher {launcher!r}. Available: {', '.join(available())}."
+                f"There is no launcher {launcher!r}{_meant(launcher, available())}. "
+                f"Available: {', '.join(available())}."
             )
         return _with_options(launcher, point.load(), options)
     if not isinstance(launcher, Launcher):
@@ -165,12 +167,22 @@ def _with_options(name: str, factory: Any, options: Mapping[str, Any]) -> Launch
 
 
 def _explain(name: str, schema: type[BaseModel], error: ValidationError) -> str:
+    known = tuple(schema.model_fields)
     problems = []
     for problem in error.errors(include_url=False):
-        option = ".".join(map(str, problem["loc"])) or name
+        option, value = ".".join(map(str, problem["loc"])), problem["input"]
         if problem["type"] == "extra_forbidden":
-            problems.append(f"there is no option {option!r}")
-        else:
-            problems.append(f"{option}={problem['input']!r}: {problem['msg']}")
-    known = ", ".join(schema.model_fields) or "no options"
-    return f"The launcher {name!r} can't use this: {'; '.join(problems)}. It takes {known}."
+            problems.append(f"there is no option {option!r}{_meant(option, known)}")
+        elif problem["type"] == "value_error":
+            problems.append(f"{option}: {problem['ctx']['error']}")
+        elif option in known and not isinstance(value, Mapping):
+            problems.append(f"{option}={value!r}: {problem['msg']}")
+        else:  # what is inside may be a password
+            problems.append(f"{option}: {problem['msg']}")
+    takes = ", ".join(known) or "no options"
+    return f"The launcher {name!r} can't use this: {'; '.join(problems)}. It takes {takes}."
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

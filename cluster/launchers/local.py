@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cluster.errors import LaunchError
@@ -39,6 +40,10 @@ TERM_GRACE = 0.5
 #: Seconds for the kernel to end a process after SIGKILL.
 KILL_TIMEOUT = 5.0
 
+#: Bytes that each process of a worker takes for itself, before it imports anything of the user's
+#: (docs/benchmarks.md).
+PROCESS_MEMORY = 13 * 2**20
+
 #: Tasks at once for each CPU above which preflight warns.
 CROWDED = 4
 
@@ -53,7 +58,7 @@ def cpus() -> int:
 class LocalOptions(BaseModel):
     """``cluster.start(4, launcher="local", concurrency=2)``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     concurrency: int = Field(default=1, ge=1, description="tasks that each worker runs at once")
     environment: dict[str, str] = Field(
@@ -63,6 +68,11 @@ class LocalOptions(BaseModel):
     loglevel: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         default="WARNING", description="of the workers' logging"
     )
+
+    @field_validator("loglevel", mode="before")
+    @classmethod
+    def _in_capitals(cls, loglevel: Any) -> Any:
+        return loglevel.upper() if isinstance(loglevel, str) else loglevel
 
     @field_validator("environment")
     @classmethod
@@ -101,6 +111,16 @@ class LocalLauncher:
 
     def preflight(self, wanted: int, minimum: int) -> Sequence[Finding]:
         at_once = wanted * self._options.concurrency
+        room = psutil.virtual_memory().total // PROCESS_MEMORY
+        if wanted + at_once > room:
+            return [
+                Finding(
+                    Severity.REFUSE,
+                    f"{wanted} workers with {self._options.concurrency} tasks at once each are "
+                    f"{wanted + at_once} processes, and this machine's memory has room for {room} "
+                    "at most. Ask for fewer.",
+                )
+            ]
         if at_once <= CROWDED * cpus():
             return []
         return [

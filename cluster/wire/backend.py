@@ -23,9 +23,6 @@ from cluster.wire.scripts import STORE
 
 logger = get_logger(__name__)
 
-#: Celery resolves ``<this>+redis://…`` (celery/app/backends.py, by_url).
-PREFIX = "cluster.wire.backend:Backend+"
-
 
 class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     """Raises in every waiting caller once the broker is no more."""

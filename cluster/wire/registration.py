@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
-
-from redis import Redis
+from typing import TYPE_CHECKING, Any
 
 from cluster.model import Registration
 from cluster.wire import keys
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 #: The message on the presence channel that ends the cluster; the grace follows it.
 OVER = "over"

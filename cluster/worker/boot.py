@@ -97,6 +97,7 @@ def _serve(
     from celery.exceptions import SecurityWarning
     from celery.signals import worker_process_init, worker_ready
 
+    from cluster.worker import pool
     from cluster.worker.membership import Membership
     from cluster.worker.processes import begin_child
 
@@ -109,7 +110,7 @@ def _serve(
     try:
         worker = app.Worker(
             hostname=node,
-            pool="prefork",
+            pool=pool.NAME,
             concurrency=settings.concurrency,
             loglevel=settings.loglevel,
             without_mingle=True,

@@ -50,6 +50,7 @@ def broker(launcher: Launcher) -> Iterator[Broker]:
         workers=4,
         on_event=lambda _: None,
     )
+    started.wait()
     yield started
     started.stop()
 

@@ -25,41 +25,6 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(manager, "Broker", started)
 
 
-BAD = {
-    "workers negative": ({"workers": -1}, "workers=-1: give a whole number, 0 or more"),
-    "workers a float": ({"workers": 2.0}, "workers=2.0: give a whole number"),
-    "workers a string": ({"workers": "4"}, "workers='4': give a whole number"),
-    "workers a bool": ({"workers": True}, "workers=True: give a whole number"),
-    "minimum negative": ({"workers": 2, "minimum": -1}, "minimum=-1: give a whole number"),
-    "minimum above workers": ({"workers": 2, "minimum": 3}, "minimum=3 is more than workers=2"),
-    "timeout zero": ({"timeout": 0}, "timeout=0: give a number of seconds above 0"),
-    "timeout negative": ({"timeout": -5}, "seconds above 0"),
-    "timeout nan": ({"timeout": float("nan")}, "seconds above 0"),
-    "timeout a string": ({"timeout": "60"}, "seconds above 0"),
-    "launcher unknown": ({"launcher": "moon"}, "no launcher 'moon'. Available: .*local"),
-    "launcher a number": ({"launcher": 4}, "neither a launcher nor the name of one"),
-    "option unknown": ({"gpu": 1}, "there is no option 'gpu'. It takes concurrency"),
-    "option of the wrong kind": ({"concurrency": "many"}, "concurrency='many'"),
-    "option out of range": ({"concurrency": 0}, "concurrency=0: .*greater than or equal to 1"),
-    "options with a launcher": (
-        {"launcher": LocalLauncher(), "concurrency": 2},
-        "give options to the launcher's own constructor",
-    ),
-    "app no app": ({"app": 4}, "is no Celery app but int"),
-    "app no path": ({"app": "tasks"}, "is no import path"),
-    "app not there": ({"app": "no_such_module:app"}, "can't be imported: ModuleNotFoundError"),
-    "app without that name": ({"app": "cluster:nothing"}, "module cluster has no nothing"),
-    "app something else": ({"app": "cluster:start"}, "is no Celery app but function"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
-    arguments, message = BAD[case]
-    with pytest.raises(cluster.ConfigurationError, match=message):
-        cluster.start(**{"workers": 1, "app": app, **arguments})
-
-
 def test_in_a_worker_it_is_refused(monkeypatch):
     monkeypatch.setattr(identity, "_node", "n1@h")
     with pytest.raises(cluster.StateError, match=r"inside a worker \(n1@h\).*__main__"):

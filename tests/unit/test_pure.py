@@ -214,9 +214,12 @@ def test_a_status_prints_as_a_table():
     )
     assert str(status).splitlines() == [
         "cluster c0ffee: ready, 1 of 2 workers ready (local, broker at 127.0.0.1:7000)",
-        "  w1       ready     process 1",
-        "  worker2  pending",
+        "  worker   state    node",
+        "  w1       ready    n1@h  process 1",
+        "  worker2  pending  -",
     ]
+    html = status._repr_html_()
+    assert "<caption>cluster c0ffee: ready" in html and "<td>n1@h</td>" in html
 
 
 def test_no_repr_shows_the_secret():
