@@ -57,6 +57,11 @@ _LAZY = {"Cluster": "cluster.manager", "start": "cluster.manager"}
 
 
 def __getattr__(name: str) -> Any:
+    identity = sys.modules.get("cluster.wire.identity")
+    if name == "start" and identity is not None and identity.current() is not None:
+        # A worker imports the user's script, which imports this name: it needn't
+        # pay for what it is refused.
+        return identity.refuse_start
     try:
         module = _LAZY[name]
     except KeyError:

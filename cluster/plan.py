@@ -16,7 +16,7 @@ from celery import Celery
 from cluster.appref import AppRef, find_app, locate, task_names
 from cluster.binding import check_unbound
 from cluster.broker.server import Server, find_server
-from cluster.errors import ConfigurationError, StateError
+from cluster.errors import ConfigurationError
 from cluster.launchers import base
 from cluster.launchers.base import Launcher
 from cluster.mismatch import Side
@@ -58,13 +58,8 @@ def make_plan(
         ConfigurationError: one of them, or a setting, can't be used.
         StateError: this is no place or no time to start one.
     """
-    node = identity.current()
-    if node is not None:
-        raise StateError(
-            f"cluster.start was called inside a worker ({node}). When a worker imports your "
-            "script, it must not start a cluster of its own: put the call under if __name__ == "
-            '"__main__":.'
-        )
+    if identity.current() is not None:
+        identity.refuse_start()
     settings = manager_settings()
     chosen = launcher if launcher is not None else base.detect(os.environ, settings.launcher)
     made = base.make(chosen, options)

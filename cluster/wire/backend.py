@@ -18,6 +18,7 @@ from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.utils.log import get_logger
 
 from cluster.wire import ending, identity, keys
+from cluster.wire.client import lean
 from cluster.wire.ledger import guarded
 from cluster.wire.scripts import STORE
 
@@ -58,6 +59,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     #: Until when this thread waits for a result, if it does and says so.
     _waiting = threading.local()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.connparams.update(lean())
 
     @property
     def has_ended(self) -> bool:

@@ -14,6 +14,8 @@ import socket
 from collections.abc import Callable
 from typing import NoReturn
 
+from cluster.errors import StateError
+
 _node: str | None = None
 _main: int | None = None
 _on_fenced: Callable[[], NoReturn] | None = None
@@ -61,3 +63,16 @@ def fenced(node: str) -> NoReturn:
     if _on_fenced is not None and node == _node:
         _on_fenced()
     raise Fenced(f"{node} (process {os.getpid()}) was declared dead")
+
+
+def refuse_start(*_: object, **__: object) -> NoReturn:
+    """``cluster.start`` in a worker.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        f"cluster.start was called inside a worker ({_node}). When a worker imports your "
+        "script, it must not start a cluster of its own: put the call under if __name__ == "
+        '"__main__":.'
+    )

@@ -35,6 +35,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cluster.wire import ending, identity, keys
+from cluster.wire.client import lean
 from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, raise_for
 from cluster.wire.scripts import take_arguments
 
@@ -179,7 +180,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         return bool(self._takes and self._in_poll and not self._waiting)
 
     def _connparams(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        parameters: dict[str, Any] = super()._connparams(*args, **kwargs)
+        parameters: dict[str, Any] = {**super()._connparams(*args, **kwargs), **lean()}
         if self.node is not None:
             # By this the guardian tells a process that died from one that has
             # lost a connection. In the main process only: a child may outlive it.

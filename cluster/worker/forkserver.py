@@ -16,6 +16,7 @@ import gc
 import os
 import signal
 import sys
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -106,6 +107,7 @@ class ForkServer:
         os.environ.clear()
         os.environ.update(order.environment)
         os.environ.update({"CLUSTER_WORKER": worker, "CLUSTER_PARENT": str(parent)})
+        time.tzset()  # which is a variable's, too
         os.chdir(order.cwd)
 
     def _reap(self) -> None:
