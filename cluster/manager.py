@@ -319,6 +319,7 @@ class Cluster:
             client=self._client,
             binding=self._binding,
             side=plan.side,
+            on_ready=self._broker.watch,
             on_remark=self._on_remark,
             on_failure=self._on_failure,
         )

@@ -64,6 +64,7 @@ class Supervisor(threading.Thread):
         client: of the broker; this thread's own.
         binding: the app, bound.
         side: what the manager runs, and workers must, too.
+        on_ready: called whenever workers have become ready.
         on_remark: called with what the user should hear of a worker, once for all alike.
         on_failure: called once, with what went wrong, when the cluster can't go on.
     """
@@ -77,6 +78,7 @@ class Supervisor(threading.Thread):
         client: Redis,
         binding: Binding,
         side: Side,
+        on_ready: Callable[[], None],
         on_remark: Callable[[str], None],
         on_failure: Callable[[ClusterError], None],
     ) -> None:
@@ -86,6 +88,7 @@ class Supervisor(threading.Thread):
         self.changed = threading.Condition()
         self.failure: ClusterError | None = None
         self.mismatches = Mismatches(side)
+        self._on_ready = on_ready
         self._on_remark = on_remark
         self._remarks: set[str] = set()
         self._launcher = launcher
@@ -234,6 +237,8 @@ class Supervisor(threading.Thread):
         with self.changed:
             self.roster.answered(answered)
             self.changed.notify_all()
+        if answered:
+            self._on_ready()
 
     def _release(self) -> None:
         """Give back what workers held that are refused, or that their platform says are gone.

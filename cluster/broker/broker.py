@@ -10,7 +10,15 @@ from pathlib import Path
 
 import psutil
 
-from cluster.broker.messages import EVENTS, Event, Failed, Order, Restarted, Started
+from cluster.broker.messages import (
+    EVENTS,
+    Event,
+    Failed,
+    Order,
+    Restarted,
+    Started,
+    Watch,
+)
 from cluster.broker.server import START_TIMEOUT, Server
 from cluster.companion import Companion
 from cluster.errors import BrokerStartError
@@ -52,6 +60,7 @@ class Broker:
         self._directory = directory
         self._on_event = on_event
         self._stopping = False
+        self._watching = False
         self._guardian_log = directory / "guardian.log"
         self._server_process: psutil.Process | None = None
         self._started = threading.Event()
@@ -92,6 +101,12 @@ class Broker:
                     "The broker's guardian process didn't report.",
                     log=last_lines(self._guardian_log, 20),
                 )
+
+    def watch(self) -> None:
+        """Workers take part from now on: have the guardian look after them. Idempotent."""
+        if not self._watching:
+            self._watching = True
+            self._guardian.send(encode(Watch()))
 
     def _on_line(self, line: bytes) -> None:
         event: Event = decode(line, *EVENTS)

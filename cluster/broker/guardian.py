@@ -20,40 +20,32 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from cluster.broker.messages import Dead, Event, Failed, Order, Restarted, Started
-from cluster.broker.presence import Presence
-from cluster.broker.server import START_TIMEOUT, configuration, write_configuration
+from cluster.broker.server import START_TIMEOUT, answers, configuration, write_configuration
 from cluster.companion import Leash
 from cluster.jsonlines import decode, encode
 from cluster.logfile import last_lines
 from cluster.model import Endpoint
 from cluster.restarts import Restarts
-from cluster.settings import LIVENESS_TIMEOUT
-from cluster.wire import keys, secret
+from cluster.wire import secret
 
 if TYPE_CHECKING:
-    from redis import Redis
-
-    from cluster.wire.scripts import Scripts
+    from cluster.broker.workers import Workers
 
 #: Seconds between looks at the pipe, the server and the workers' connections.
 #: Two looks make a death: half of the 0.1 s in which a lost task should run again.
 TICK = 0.02
 
-#: Seconds between full looks, which don't rest on the counts alone.
-FULL_LOOK = 1.0
+#: Seconds between looks at whether the server is up, at first.
+FIRST_TICK = 0.005
 
 #: As START_TIMEOUT, for one that has the data of a large queue to load.
 RESTART_TIMEOUT = 30.0
 
 #: Seconds for one command to the server: the loop must come round to its other duties.
 COMMAND_TIMEOUT = 1.0
-
-#: Seconds for one look after which the broker counts as having been away: a
-#: worker's watchdog gives up on an answer after one second.
-SLOW = 0.5
 
 #: Ports to try when another process was faster in taking the one just found free.
 PORT_ATTEMPTS = 5
@@ -82,11 +74,8 @@ class Guardian:
         self.port = 0
         self.server: subprocess.Popen[bytes] | None = None
         self._leash = leash
-        self._presence = Presence(LIVENESS_TIMEOUT)
         self._restarts = Restarts(limit=5, window=30.0)
-        self._next_full_look = 0.0
-        self._client: Redis | None = None
-        self._scripts: Scripts | None = None
+        self._workers: Workers | None = None
 
     # -- life -----------------------------------------------------------------
 
@@ -98,7 +87,6 @@ class Guardian:
                 self._say_farewell()
         finally:
             self._end_server()
-            self._client = None
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _start_first(self) -> bool:
@@ -142,57 +130,38 @@ class Guardian:
         self._wait_for_answer(time.monotonic() + timeout)
 
     def _wait_for_answer(self, deadline: float) -> None:
-        # Imported while the server starts: a third of a second that costs nobody.
-        from redis.exceptions import RedisError
-
-        self._connect()
-        assert self._client is not None and self.server is not None
+        assert self.server is not None
+        password = secret.password(self.order.secret)
         while True:
             code = self.server.poll()
             if code is not None:
                 raise ServerFailed(f"{self.order.server} ended with code {code} as it started")
             try:
-                self._client.ping()
+                answers(self.order.host, self.port, password, COMMAND_TIMEOUT)
                 return
-            except (RedisError, OSError) as error:
+            except OSError as error:
                 last = error
             if time.monotonic() >= deadline:
                 raise ServerFailed(f"{self.order.server} doesn't answer ({last})")
-            if self._leash.wait(TICK):
+            if self._leash.wait(FIRST_TICK):
                 raise ServerFailed("the manager is gone")
 
-    def _connect(self) -> None:
-        from cluster.wire.client import connect
-        from cluster.wire.scripts import Scripts
-
-        if self._client is None:
-            endpoint = Endpoint(self.order.host, self.port, self.order.secret)
-            self._client = connect(endpoint, COMMAND_TIMEOUT)
-            self._scripts = Scripts(self._client)
-
     def _watch(self) -> None:
-        from redis.exceptions import RedisError
-
-        assert self.server is not None
-        slow = False
         while not self._leash.wait(TICK):
+            assert self.server is not None
             if self.server.poll() is not None and not self._restart():
                 return
-            try:
-                began = time.monotonic()
-                if slow:
-                    self._presence.broker_was_away(self._members(), began)
-                self._look_at_workers(began)
-                slow = time.monotonic() - began > SLOW
-            except (RedisError, OSError):
-                # A server that has just died is seen at the next turn. One that
-                # doesn't answer in time may have lost the workers as well.
-                slow = True
+            if self._workers is None and self._leash.line() is not None:
+                # What it imports takes as long as a worker to start, so not before.
+                from cluster.broker.workers import Workers
+
+                self._workers = Workers(self._endpoint, COMMAND_TIMEOUT)
+            if self._workers is not None:
+                for node, held in self._workers.look():
+                    self._emit(Dead(node, held))
 
     def _restart(self) -> bool:
         """Start the server again; false if the manager went or the budget is spent."""
-        from redis.exceptions import RedisError
-
         assert self.server is not None
         reason = f"it ended with code {self.server.returncode}"
         while True:
@@ -206,73 +175,26 @@ class Guardian:
                 return False
             try:
                 self._start_server(RESTART_TIMEOUT)
-                assert self._client is not None
-                members = self._members()
-            except (ServerFailed, RedisError, OSError) as error:
+            except ServerFailed as error:
                 reason = str(error)
                 self._end_server()
                 if self._leash.gone:
                     return False
                 continue
             break
-        self._presence.broker_was_away(members, time.monotonic())
+        if self._workers is not None:
+            self._workers.broker_was_away()
         self._emit(Restarted(self.server.pid, reason))
         return True
 
-    # -- workers --------------------------------------------------------------
-
-    def _look_at_workers(self, now: float) -> None:
-        assert self._client is not None and self._scripts is not None
-        with self._client.pipeline(transaction=False) as pipe:
-            # In this order: a worker subscribes before it registers.
-            pipe.hlen(keys.WORKERS)
-            pipe.pubsub_numsub(keys.PRESENCE)
-            members, [(_, subscribers)] = pipe.execute()
-        full = now >= self._next_full_look
-        if not full and not self._presence.must_ask(members, subscribers):
-            return
-        self._next_full_look = now + FULL_LOOK
-        nodes = self._members()
-        counts = {}
-        if nodes:
-            reply = self._client.pubsub_numsub(*(keys.presence(node) for node in nodes))
-            counts = dict(zip(nodes, (count for _, count in reply), strict=True))
-        suspects = self._presence.look(counts, now)
-        if not suspects:
-            return
-        for node in self._presence.judge(suspects, self._connected(), now):
-            held = self._scripts.release(node, "its connection is gone", died=True)
-            if held >= 0:
-                self._emit(Dead(node, held))
-
-    def _members(self) -> list[str]:
-        """The nodes that take part."""
-        assert self._client is not None
-        return [node.decode() for node in cast("list[bytes]", self._client.hkeys(keys.WORKERS))]
-
-    def _connected(self) -> set[str]:
-        """The nodes whose main process has a connection for its tasks. Long to list where
-        there are thousands, so only asked for when somebody is missing."""
-        assert self._client is not None
-        return {client["name"] for client in self._client.client_list(_type="normal")}
+    @property
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self.order.host, self.port, self.order.secret)
 
     def _say_farewell(self) -> None:
         """Tell the workers that it is over, and wait a moment until they have heard."""
-        from redis.exceptions import RedisError
-
-        from cluster.wire.registration import announce_over
-
-        assert self._client is not None
-        deadline = time.monotonic() + FAREWELL
-        try:
-            announce_over(self._client, 0)
-            while time.monotonic() < deadline:
-                [(_, subscribers)] = self._client.pubsub_numsub(keys.PRESENCE)
-                if not subscribers:
-                    return
-                time.sleep(TICK)
-        except (RedisError, OSError):
-            return  # no server: the workers find that out by themselves
+        if self._workers is not None:
+            self._workers.say_farewell(FAREWELL)
 
     def _end_server(self) -> None:
         # Nothing in it is worth a clean shutdown: its directory goes as well.

@@ -1,8 +1,8 @@
 """What the manager and the guardian say to each other.
 
-The manager says one thing, what to start, and after that only holds the pipe
-open: its end, however it comes about, is the order to stop. The guardian
-answers with events.
+The manager says what to start, and when there are workers to look after; after
+that it only holds the pipe open: its end, however it comes about, is the order
+to stop. The guardian answers with events.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ class Order:
     secret: str = field(repr=False)
     directory: str  # the run's own; the guardian removes it at the end
     workers: int  # how many to make room for
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Workers take part from now on: look after them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -164,3 +165,18 @@ def _quoted(value: str) -> str:
     """As redis.conf has it: a directory's name may hold spaces and quotes."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def answers(host: str, port: int, password: str, timeout: float) -> None:
+    """Return if the server there knows the password and answers a PING; else raise ``OSError``.
+
+    By hand, so that whoever waits for it needn't import a client first:
+    https://redis.io/docs/latest/develop/reference/protocol-spec/#inline-commands
+    """
+    with socket.create_connection((host, port), timeout) as connection:
+        connection.sendall(f"AUTH {password}\r\nPING\r\n".encode())
+        with connection.makefile("rb") as lines:
+            for expected in (b"+OK\r\n", b"+PONG\r\n"):
+                line = lines.readline()
+                if line != expected:
+                    raise ConnectionError(f"it says {line.decode(errors='replace').strip()!r}")
