@@ -56,24 +56,29 @@ class Echo:
         self._logs.clear()
 
     def _run(self) -> None:
-        while not self._ending.wait(LOOK_EVERY):
-            self._show_all()
+        behind = False
+        while not self._ending.wait(0 if behind else LOOK_EVERY):
+            behind = self._show_all()
 
-    def _show_all(self, *, final: bool = False) -> None:
+    def _show_all(self, *, final: bool = False) -> bool:
+        """Show what is new; whether there may be more of it."""
         with self._lock:
             logs = tuple(self._logs.values())
+        behind = False
         for log in logs:
-            while self._show(log, final=final) and final:
+            while (shown := self._show(log, final=final)) and final:
                 pass
+            behind = behind or shown == AT_ONCE
+        return behind
 
-    def _show(self, log: _Log, *, final: bool) -> bool:
-        """Show what is new; whether there was anything."""
+    def _show(self, log: _Log, *, final: bool) -> int:
+        """Show what is new; how many bytes that was."""
         try:
             with log.path.open("rb") as file:
                 file.seek(log.position)
                 new = file.read(AT_ONCE)
         except FileNotFoundError:
-            return False  # not made yet, or removed with its directory
+            return 0  # not made yet, or removed with its directory
         log.position += len(new)
         *lines, log.rest = (log.rest + new).split(b"\n")
         if final and not new and log.rest:
@@ -81,8 +86,9 @@ class Echo:
             log.rest = b""
         text = "".join(f"{log.worker} | {line.decode(errors='replace')}\n" for line in lines)
         if text and sys.stderr is not None:  # None: it was closed
-            # One that can't be written to any more is no reason to stop working.
-            with contextlib.suppress(OSError, ValueError):
+            # The user may have put anything there, and one that can't be written to is no
+            # reason to stop working.
+            with contextlib.suppress(Exception):
                 sys.stderr.write(text)
                 sys.stderr.flush()
-        return bool(new)
+        return len(new)
