@@ -44,6 +44,10 @@ def restore_search_path(path: str) -> None:
         sys.path[:] = path.split(os.pathsep)
 
 
-def original_python_path() -> dict[str, str]:
-    """What :func:`restore_search_path` puts back."""
-    return {"CLUSTER_PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+def original_python_path(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What :func:`restore_search_path` puts back.
+
+    Args:
+        environment: what the started process is to have.
+    """
+    return {"CLUSTER_PYTHONPATH": environment.get("PYTHONPATH", "")}

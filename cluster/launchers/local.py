@@ -170,10 +170,10 @@ class LocalLauncher:
 
     def _environment(self, spec: WorkerSpec) -> Mapping[str, str]:
         at_once = max(1, spec.workers) * self._options.concurrency
+        users = {**os.environ, **self._options.environment}
         return {
-            **os.environ,
-            **original_python_path(),
-            **self._options.environment,
+            **users,
+            **original_python_path(users),
             **spec.environment,
             "CLUSTER_CONCURRENCY": str(self._options.concurrency),
             "CLUSTER_PATH": search_path(),
