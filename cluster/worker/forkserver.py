@@ -107,7 +107,7 @@ class ForkServer:
         os.environ.clear()
         os.environ.update(order.environment)
         os.environ.update({"CLUSTER_WORKER": worker, "CLUSTER_PARENT": str(parent)})
-        time.tzset()  # which is a variable's, too
+        time.tzset()  # a process started by itself would find TZ there
         os.chdir(order.cwd)
 
     def _reap(self) -> None:
