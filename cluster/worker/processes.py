@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from typing import NoReturn
 
@@ -63,6 +65,10 @@ def _end_child(exitcode: int = -1, **_: object) -> None:
     A child that is only recycled has another exit code.
     """
     if exitcode == 0:
+        # What tasks and receivers printed, as far as it is no complete line.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
         os._exit(0)
 
 
