@@ -98,3 +98,33 @@ def _stop_all() -> None:
         # A process that was forked has a copy of the list, and none of the clusters.
         if pid == os.getpid():
             stop()
+
+
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    """Python drops signals that a child gets before it has begun: let SIGTERM wait for that."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if _handling else ())
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
+    """A process that was forked has none of the clusters, and SIGTERM ends it as it would."""
+    global _handling, _lock
+    _lock = threading.Lock()  # another thread may have held it
+    _stops.clear()
+    if _handling and signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _handling = False
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
