@@ -7,16 +7,21 @@ where Celery's own would wait on.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from functools import partial
 from time import monotonic
 from typing import Any
 
+import kombu.pools
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
 from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.utils.log import get_logger
 
+from cluster.errors import BrokerLost
+from cluster.settings import ORPHAN_TIMEOUT
 from cluster.wire import ending, identity, keys
 from cluster.wire.client import lean
 from cluster.wire.ledger import guarded
@@ -27,6 +32,8 @@ logger = get_logger(__name__)
 
 class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     """Raises in every waiting caller once the broker is no more."""
+
+    _pubsub: Any = None
 
     def drain_events(self, timeout: float | None = None) -> None:
         self.backend.check_open()
@@ -41,6 +48,16 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         # Results that are forgotten after the end come here, from their __del__.
         if not self.backend.has_ended:
             super().cancel_for(task_id)
+
+    def forget_parent(self) -> None:
+        """In a process just forked: begin anew, and leave the connection to the parent."""
+        pubsub, self._pubsub = self._pubsub, None
+        if pubsub is not None:
+            # Never collected: that would take its lock, which another thread may have held.
+            _of_parents.append(pubsub)
+            _close_copy(pubsub)
+        self.subscribed_to.clear()
+        self._after_fork()
 
     def _reconnect_pubsub(self) -> None:
         self.backend.check_open()
@@ -60,9 +77,22 @@ class Backend(RedisBackend):  # type: ignore[misc]
     #: Until when this thread waits for a result, if it does and says so.
     _waiting = threading.local()
 
+    #: Whether this process was forked from the one that made it.
+    _in_child = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connparams.update(lean())
+        _backends.add(self)
+
+    def forget_parent(self) -> None:
+        """In a process just forked: what the parent waits for, and on which connections, is the
+        parent's. The same as Celery does for children of its own pool, and for no others."""
+        self._in_child = True
+        self.result_consumer.forget_parent()
+        for pending in self._pending_results:
+            pending.clear()
+        self.app._after_fork()
 
     @property
     def has_ended(self) -> bool:
@@ -93,7 +123,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
     @property
     def retry_policy(self) -> dict[str, Any]:
         """Until the broker is back. That it won't be is for others to say: in a manager
-        the guardian (then :meth:`check_open` raises), in a worker the watchdog."""
+        the guardian (then :meth:`check_open` raises), in a worker the watchdog. Nobody does
+        in a process that the manager forked (:meth:`on_connection_error`)."""
         return {
             "max_retries": None,
             "interval_start": 0,
@@ -106,7 +137,13 @@ class Backend(RedisBackend):  # type: ignore[misc]
     ) -> float:
         if retries == 0:
             logger.warning("The results are out of reach (%s); trying again.", error)
+            self._waiting.since = monotonic()
         self.check_open()
+        if self._in_child and monotonic() - self._waiting.since > ORPHAN_TIMEOUT:
+            raise BrokerLost(
+                f"The broker was out of reach for {ORPHAN_TIMEOUT:.0f} s. It ends with the process "
+                "that started the cluster, which this one was forked from."
+            )
         seconds: float = next(intervals)
         until = getattr(self._waiting, "until", None)
         if until is None:
@@ -137,3 +174,27 @@ class Backend(RedisBackend):  # type: ignore[misc]
             return
         script = self.client.register_script(STORE)
         guarded(node, partial(script, keys=[keys.FENCED, key], args=[node, value, seconds]))
+
+
+_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
+_of_parents: list[Any] = []
+
+
+def _close_copy(pubsub: Any) -> None:
+    """Closed, not shut down: that would end the parent's as well."""
+    sock = getattr(pubsub.connection, "_sock", None)
+    if sock is not None and sock.fileno() >= 0:
+        os.close(sock.detach())
+
+
+def _after_fork_in_child() -> None:
+    if not _backends or identity.current() is not None:
+        return  # in a worker, forking is its pool's business
+    for pools in (kombu.pools.producers, kombu.pools.connections):
+        _of_parents.extend(dict.values(pools))
+        dict.clear(pools)
+    for backend in list(_backends):
+        backend.forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
