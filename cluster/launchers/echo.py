@@ -14,6 +14,9 @@ LOOK_EVERY = 0.1
 #: Bytes of one log to show at one look; the rest comes at the next.
 AT_ONCE = 256 * 1024
 
+#: Bytes of a line that isn't complete to keep before it is shown as it is.
+LINE_AT_MOST = 64 * 1024
+
 
 @dataclass(slots=True)
 class _Log:
@@ -81,7 +84,8 @@ class Echo:
             return 0  # not made yet, or removed with its directory
         log.position += len(new)
         *lines, log.rest = (log.rest + new).split(b"\n")
-        if final and not new and log.rest:
+        # A line without an end, or one so long that it mustn't be kept: a progress bar, say.
+        if len(log.rest) > LINE_AT_MOST or (final and not new and log.rest):
             lines.append(log.rest)
             log.rest = b""
         text = "".join(f"{log.worker} | {line.decode(errors='replace')}\n" for line in lines)
