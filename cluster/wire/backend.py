@@ -15,10 +15,15 @@ from time import monotonic
 from typing import Any
 
 import kombu.pools
+from celery import Celery
+from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
 from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.utils.log import get_logger
+from kombu import Connection
+from kombu.transport.redis import Channel
+from kombu.utils.objects import cached_property
 
 from cluster.errors import BrokerLost
 from cluster.settings import ORPHAN_TIMEOUT
@@ -187,9 +192,20 @@ def _close_copy(pubsub: Any) -> None:
         os.close(sock.detach())
 
 
+def _renew_locks(*classes: type) -> None:
+    """Those of kombu's cached properties, taken at every look: one a class, and whichever another
+    thread held as this process was forked is held for ever."""
+    for each in {base for one in classes for base in one.__mro__}:
+        for value in vars(each).values():
+            if isinstance(value, cached_property):
+                value.lock = threading.RLock()
+
+
 def _after_fork_in_child() -> None:
     if not _backends or identity.current() is not None:
         return  # in a worker, forking is its pool's business
+    # First: all that follows needs them.
+    _renew_locks(Celery, AMQP, Connection, Channel, *{type(backend) for backend in _backends})
     for pools in (kombu.pools.producers, kombu.pools.connections):
         _of_parents.extend(dict.values(pools))
         dict.clear(pools)

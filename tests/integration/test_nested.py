@@ -9,6 +9,7 @@ import contextlib
 import copy
 import gc
 import importlib
+import io
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import canvasapp
 import celery
@@ -319,6 +321,30 @@ def _umask() -> int:
 
 
 # -- threads ----------------------------------------------------------------------------
+
+
+def test_two_threads_start_at_once_and_another_stops(second: ModuleType):
+    """While the main thread goes on working with a third."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        a = pool.submit(cluster.start, 1, app=canvasapp.app, progress=False)
+        b = pool.submit(cluster.start, 1, app=second.app, progress=False)
+        while not (a.done() and b.done()):
+            assert add.delay(1, 2).get(timeout=SOON) == 3
+        a.result()
+        assert canvasapp.add.delay(1, 2).get(timeout=SOON) == 3
+        assert second.name.delay().get(timeout=SOON) == b.result().workers[0]
+        stops = [pool.submit(each.result().stop) for each in (a, b)]
+        for stop in stops:
+            stop.result(SOON)
+        # At once for one app: one gets it, the other is told.
+        starts = [
+            pool.submit(cluster.start, 0, app=canvasapp.app, progress=False) for _ in range(2)
+        ]
+        errors = [error for start in starts if (error := start.exception(SOON)) is not None]
+        assert [type(error) for error in errors] == [cluster.StateError]
+        [started] = [start.result() for start in starts if start.exception() is None]
+        started.stop()
+    assert canvasapp.app.backend_cls is None
 
 
 def test_a_start_inside_an_event_loop():
@@ -641,3 +667,42 @@ def test_a_start_as_a_worker_imports_a_module_is_refused(module):
             progress=False,
         )
     assert "cluster.start was called inside a worker" in str(caught.value)
+
+
+def test_a_thread_that_outlives_a_cluster_uses_the_next_one():
+    """Celery keeps a backend for each thread; the one of a cluster that is gone is of no use."""
+
+    def use() -> int:
+        return canvasapp.add.delay(1, 2).get(timeout=SOON)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            with cluster.start(1, app=canvasapp.app, progress=False):
+                assert pool.submit(use).result() == 3
+                assert use() == 3
+        c = cluster.start(1, app=canvasapp.app, progress=False)
+        assert use() == 3
+        pool.submit(c.stop).result()
+        with cluster.start(1, app=canvasapp.app, progress=False):
+            assert use() == 3
+
+
+def test_what_the_environment_says_is_set_aside_for_each_start(monkeypatch):
+    """Also if it came when another cluster ran already."""
+    monkeypatch.setenv("CELERY_BROKER_URL", "amqp://elsewhere")
+    with cluster.start(0, app=canvasapp.app, progress=False):
+        assert canvasapp.app.conf.broker_url.startswith("redis://:")
+        assert app.conf.broker_url.startswith("redis://:")
+
+
+@pytest.mark.parametrize("stream", ["closed", "ascii", "write alone"])
+def test_a_start_shows_what_it_can_where_standard_error_is_odd(stream: str):
+    made: Any = io.StringIO()
+    if stream == "closed":
+        made.close()
+    elif stream == "ascii":
+        made = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    else:
+        made = type("WriteAlone", (), {"write": lambda _self, _text: None})()
+    with contextlib.redirect_stderr(made), cluster.start(0, app=canvasapp.app):
+        pass

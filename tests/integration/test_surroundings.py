@@ -100,18 +100,23 @@ def running(
 
 
 @pytest.fixture
-def shown(eventually) -> Iterator[Callable[..., str]]:
-    """Waits until all these have been shown on the manager's standard error; returns it."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+def shown(eventually, monkeypatch) -> Callable[[], Callable[..., str]]:
+    """Called in a test, takes over standard error; what that gives waits until all these have
+    been shown there, and returns it. pytest's own capture loses what comes as it is read."""
+
+    def begin() -> Callable[..., str]:
+        said = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", said)
 
         def wait(*expected: str) -> str:
             eventually(
-                lambda: all(text in said.getvalue() for text in expected),
-                f"{expected} are shown",
+                lambda: all(text in said.getvalue() for text in expected), f"{expected} are shown"
             )
             return said.getvalue()
 
-        yield wait
+        return wait
+
+    return begin
 
 
 @pytest.fixture(scope="module")
@@ -350,6 +355,7 @@ def test_a_cluster_in_a_task_is_refused():
 
 
 def test_what_tasks_print_is_shown_with_the_worker_before_it(running: cluster.Cluster, shown):
+    wait = shown()
     ids = {worker.id for worker in running.status().workers}
     for task in (
         say.s("first\nsecond"),
@@ -360,7 +366,7 @@ def test_what_tasks_print_is_shown_with_the_worker_before_it(running: cluster.Cl
     ):
         task.delay().get(timeout=SOON)
     log.delay(logging.DEBUG, "logged at DEBUG").get(timeout=SOON)
-    said = shown(
+    said = wait(
         "| first\n",
         "| second\n",
         "| to stderr\n",
@@ -377,19 +383,21 @@ def test_what_tasks_print_is_shown_with_the_worker_before_it(running: cluster.Cl
 
 
 def test_what_a_killed_worker_printed_is_shown(running: cluster.Cluster, place: Path, shown):
+    wait = shown()
     once = place / "killed"
     result = print_and_kill_the_worker.delay("last words", str(once))
     assert result.get(timeout=SOON) == "again"
-    shown("| last words\n")
+    wait("| last words\n")
     running.wait_for_workers(2, timeout=SOON)
 
 
 def test_much_output_holds_nothing_up(running: cluster.Cluster, shown):
     """10 MB, of one line each kilobyte, and a line of a megabyte."""
+    wait = shown()
     write.delay((b"x" * 1023 + b"\n").hex(), 10 * 1024).get(timeout=SOON)
     write.delay((b"y" * 1024 * 1024).hex()).get(timeout=SOON)
     write.delay(b"\nall said\n".hex()).get(timeout=SOON)
-    said = shown("| all said\n")
+    said = wait("| all said\n")
     assert said.count("x" * 1023 + "\n") == 10 * 1024
     assert any("all said" in lines[-5:] for lines in running.logs().values())
 
