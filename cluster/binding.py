@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import celery
@@ -134,7 +134,7 @@ def bind_worker(app: celery.Celery, endpoint: Endpoint) -> None:
     app.conf.update(_ours(app, endpoint))
     app.conf.worker_enable_remote_control = True  # a ping is how the manager knows it is ready
     app.backend_cls = app.conf.result_backend
-    _swap_caches(app, _NO_CACHES)
+    _swap_caches(app, _Caches())
 
 
 class Binding:
@@ -156,10 +156,9 @@ class Binding:
         self.app = app
         with self._lock:
             check_unbound(app)
-            if not self._bound:
-                for name in CELERY_OVERRIDES:
-                    if name in os.environ:
-                        self._aside[name] = os.environ.pop(name)
+            for name in CELERY_OVERRIDES:
+                if name in os.environ:
+                    self._aside[name] = os.environ.pop(name)
             self._bound[id(app)] = self
         changes = app.conf.maps[0]
         values = {
@@ -174,7 +173,7 @@ class Binding:
         self._backend_before = app.backend_cls
         changes.update(values)
         app.backend_cls = values["result_backend"]
-        self._caches_before = _swap_caches(app, _NO_CACHES)
+        self._caches_before = _swap_caches(app, _Caches())
         self._backend: Backend = app.backend
         self._password = password(endpoint.secret)
 
@@ -232,23 +231,16 @@ class _Caches:
     connections: Any = None
     producers: Any = None
     backend: Any = None
-    local_backend: Any = None
-
-
-_NO_CACHES = _Caches()
+    local: threading.local = field(default_factory=threading.local)  # each thread's backend
 
 
 def _swap_caches(app: celery.Celery, new: _Caches) -> _Caches:
     """Put others in their place; what was there stays open."""
-    local = vars(app._local)
-    old = _Caches(
-        app._pool, app.amqp._producer_pool, app._backend_cache, local.pop("backend", None)
-    )
+    old = _Caches(app._pool, app.amqp._producer_pool, app._backend_cache, app._local)
     app._pool = new.connections
     app.amqp._producer_pool = new.producers
     app._backend_cache = new.backend
-    if new.local_backend is not None:
-        local["backend"] = new.local_backend
+    app._local = new.local
     return old
 
 

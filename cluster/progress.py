@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +19,7 @@ class Display:
     """
 
     def __init__(self, shown: bool | None) -> None:
-        show = shown is not False and sys.stderr is not None  # None: it was closed
+        show = shown is not False
         self._console = _console() if show else None
         live = self._console is not None and self._console.is_terminal
         self._status = self._console.status("") if self._console is not None and live else None
@@ -53,8 +54,34 @@ class Display:
         self._last = text
 
 
+class _StandardError:
+    """Standard error as it is now. The user may have put anything there, or closed it, and one
+    that can't be written to is no reason to fail."""
+
+    def __init__(self) -> None:
+        self._stream: Any = sys.stderr
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(Exception):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(Exception):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return bool(self._stream.isatty())
+        except Exception:  # noqa: BLE001 (whatever it says, it is none)
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _console() -> Console:
     # A script that shows nothing needn't pay for it.
     from rich.console import Console
 
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return Console(file=cast("IO[str]", _StandardError()), highlight=False, soft_wrap=True)
