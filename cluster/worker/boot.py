@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from cluster.worker.drain import Drain
-    from cluster.worker.watchdog import Watchdog
 
 
 def main() -> NoReturn:
@@ -76,6 +75,9 @@ def _run(settings: WorkerSettings) -> int:
     )
     # Before the app is imported: that may take minutes, or never end.
     watchdog.start()
+    if not watchdog.wait_until_subscribed():
+        print(f"No connection to the broker at {settings.address}.", file=sys.stderr)
+        return ExitCode.ORPHANED
     binding.set_defaults()
     use_for_all_tasks()
     ref = appref.AppRef.from_fields(settings.app)
@@ -88,12 +90,10 @@ def _run(settings: WorkerSettings) -> int:
     for name in CELERY_OVERRIDES:  # they would beat what comes now
         os.environ.pop(name, None)
     binding.bind_worker(app, endpoint)
-    return _serve(app, settings, node, drain, watchdog)
+    return _serve(app, settings, node, drain)
 
 
-def _serve(
-    app: Celery, settings: WorkerSettings, node: str, drain: Drain, watchdog: Watchdog
-) -> int:
+def _serve(app: Celery, settings: WorkerSettings, node: str, drain: Drain) -> int:
     from celery.exceptions import SecurityWarning
     from celery.signals import worker_process_init, worker_ready
 
@@ -127,7 +127,7 @@ def _serve(
             del os.environ["C_FORCE_ROOT"]
         else:
             os.environ["C_FORCE_ROOT"] = force_root
-    membership = Membership(worker, settings.worker, drain, watchdog)
+    membership = Membership(worker, settings.worker, drain)
     worker_process_init.connect(begin_child)
     worker_ready.connect(membership.begin)
     worker.start()

@@ -69,15 +69,26 @@ class Drain:
         self._look()
 
     def _look(self) -> None:
+        if self._must_wait():
+            self._hub.call_later(LOOK_EVERY, self._look)
+            return
+        # Two turns of the loop later: Celery puts off the acknowledgement of a
+        # task that has just ended to the next (celery/worker/consumer/consumer.py,
+        # call_soon), in no order among what it does then.
+        self._hub.call_soon(self._hub.call_soon, self._end)
+
+    def _must_wait(self) -> bool:
+        return _running() and time.monotonic() < self._until
+
+    def _end(self) -> None:
         if state.should_stop is not None:
             return
-        running = _running()
-        if running and time.monotonic() < self._until:
-            self._hub.call_later(LOOK_EVERY, self._look)
+        if self._must_wait():  # what was on its way has come
+            self._look()
             return
         self._hand_back()
         assert self._code is not None
-        if running:
+        if _running():
             # Their messages are with others by now; Celery would take its time.
             end_now(self._code)
         state.should_stop = self._code

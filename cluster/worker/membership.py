@@ -22,12 +22,8 @@ from cluster.worker.drain import Drain
 from cluster.worker.processes import end_now, reset_in_children
 from cluster.worker.remarks import remarks
 from cluster.worker.wake import Wake
-from cluster.worker.watchdog import Watchdog
 
 logger = get_logger(__name__)
-
-#: Seconds for the watchdog's first connection.
-FIRST_CONNECTION = 10.0
 
 
 class Membership:
@@ -37,14 +33,12 @@ class Membership:
         worker: the Celery worker.
         id: the platform's name for it.
         drain: its way out.
-        watchdog: running.
     """
 
-    def __init__(self, worker: Any, id: str, drain: Drain, watchdog: Watchdog) -> None:  # noqa: A002
+    def __init__(self, worker: Any, id: str, drain: Drain) -> None:  # noqa: A002
         self._worker = worker
         self._id = id
         self._drain = drain
-        self._watchdog = watchdog
         self._begun = False
 
     def begin(self, **_: Any) -> None:
@@ -55,7 +49,6 @@ class Membership:
         try:
             registration = self._describe()
             self._listen_for_orders()
-            self._wait_for_presence()
             self._register(registration)
         except Exception:  # noqa: BLE001 (whatever it is, this worker is of no use)
             # Celery would log what a signal's receiver raises, and go on.
@@ -86,10 +79,6 @@ class Membership:
 
     def _on_signal(self, *_: Any) -> None:
         self._drain.begin(ExitCode.PLATFORM_NOTICE, DRAIN_GRACE)
-
-    def _wait_for_presence(self) -> None:
-        if not self._watchdog.subscribed.wait(FIRST_CONNECTION):
-            raise TimeoutError(f"no connection to the broker within {FIRST_CONNECTION:.0f} s")
 
     def _describe(self) -> Registration:
         app = self._worker.app

@@ -29,6 +29,9 @@ logger = get_logger(__name__)
 TURN = 0.25
 COMMAND_TIMEOUT = 1.0
 
+#: Seconds for the first connection.
+FIRST_CONNECTION = 10.0
+
 #: The exit code of a mistake in here: none of the table, as Python's own for an exception.
 UNEXPECTED = 1
 
@@ -51,7 +54,7 @@ class Watchdog(threading.Thread):
         self, endpoint: Endpoint, *, node: str, parent: int, orphan_timeout: float, drain: Drain
     ) -> None:
         super().__init__(name="cluster-watchdog", daemon=True)
-        self.subscribed = threading.Event()
+        self._subscribed = threading.Event()
         self._node = node
         self._own_channel = keys.presence(node)
         self._parent = parent
@@ -62,6 +65,14 @@ class Watchdog(threading.Thread):
         self._pubsub: Any = None
         self._connected = False
         os.register_at_fork(after_in_child=self._after_fork_in_child)
+
+    def wait_until_subscribed(self) -> bool:
+        """Wait for its first connection; false if it has none within :data:`FIRST_CONNECTION`.
+
+        Only then may this process fork: what a thread does as it connects,
+        imports included, takes locks, and a fork copies them as they are.
+        """
+        return self._subscribed.wait(FIRST_CONNECTION)
 
     def run(self) -> None:
         try:
@@ -117,7 +128,7 @@ class Watchdog(threading.Thread):
             return
         if message["type"] == "subscribe":
             if message["channel"].decode() == self._own_channel:
-                self.subscribed.set()
+                self._subscribed.set()
             return
         grace = grace_in(message["data"])
         if grace is not None:

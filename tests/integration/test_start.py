@@ -439,6 +439,27 @@ def test_a_temporary_directory_may_have_any_name(tmp_path: Path, monkeypatch):
     assert not list(directory.iterdir())
 
 
+FORKS = """
+import threading
+from celery import Celery
+from celery.signals import worker_before_create_process
+app = Celery("forks")
+@app.task
+def one(): return 1
+@worker_before_create_process.connect
+def look(**_):
+    [watchdog] = [thread for thread in threading.enumerate() if thread.name == "cluster-watchdog"]
+    print("subscribed:", watchdog._subscribed.is_set())
+"""
+
+
+def test_a_worker_forks_only_once_its_watchdog_is_connected(module):
+    """Else a child may have a copy of a lock that the thread held, and hang in its first task."""
+    name = module("forks", FORKS)
+    with cluster.start(8, app=f"{name}:app", output=False) as c:
+        assert str(c.logs()).count("subscribed: True") == 8
+
+
 DIES = """
 import os, sys
 from celery import Celery

@@ -139,3 +139,29 @@ def test_sigterm_becomes_an_exit_while_a_cluster_lives(monkeypatch):
     signal.signal(signal.SIGTERM, leaving._on_sigterm)
     leaving.remove(1)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_worker_hands_back_after_what_has_ended_is_acknowledged(monkeypatch):
+    """Celery puts the acknowledgement off to the loop's next turn, in no order among the others."""
+    from celery.worker import state
+    from kombu.asynchronous import Hub
+
+    from cluster.worker import drain as drain_module
+
+    done: list[str] = []
+    monkeypatch.setattr(state, "should_stop", None)
+    monkeypatch.setattr(drain_module, "stop_taking", lambda: None)
+    monkeypatch.setattr(drain_module.Drain, "_hand_back", lambda _: done.append("handed back"))
+    hub = Hub()
+    try:
+        drain = drain_module.Drain()
+        drain.attach(hub)
+        drain.begin(0, 10)
+        # One turn: the loop hears that it is over, and that a task has ended.
+        drain._on_wake()
+        hub.call_soon(done.append, "acknowledged")
+        while state.should_stop is None:
+            hub.run_once()
+    finally:
+        hub.close()
+    assert done == ["acknowledged", "handed back"]
