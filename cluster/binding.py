@@ -197,8 +197,9 @@ class Binding:
 
     def release(self) -> None:
         """Put the app back as it was. Call :meth:`end` first."""
-        self._backend.result_consumer.stop()
-        self._backend.client.connection_pool.disconnect()
+        from cluster.wire.backend import close_all
+
+        close_all(self._password)
         changes = self.app.conf.maps[0]
         for key, value in self._before.items():
             if value is _MISSING:

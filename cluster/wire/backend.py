@@ -181,6 +181,14 @@ class Backend(RedisBackend):  # type: ignore[misc]
         guarded(node, partial(script, keys=[keys.FENCED, key], args=[node, value, seconds]))
 
 
+def close_all(password: str) -> None:
+    """Close what this process has of the broker with this password: a backend for each thread."""
+    for backend in list(_backends):
+        if backend.connparams["password"] == password:
+            backend.result_consumer.stop()
+            backend.client.connection_pool.disconnect()
+
+
 _backends: weakref.WeakSet[Backend] = weakref.WeakSet()
 _of_parents: list[Any] = []
 
