@@ -23,6 +23,9 @@ logger = get_logger(__name__)
 #: Seconds between looks at whether the running tasks are done.
 LOOK_EVERY = 0.05
 
+#: Seconds for the loop to come round. With none at all its timer waits for a second.
+SOON = 0.001
+
 #: Seconds that Celery gets to shut down its parts after that.
 SHUTDOWN_ALLOWANCE = 2.0
 
@@ -66,32 +69,25 @@ class Drain:
 
     def _on_wake(self) -> None:
         stop_taking()
-        self._look()
+        # By the loop's timer, which comes after what it was to do soon: Celery
+        # puts off the acknowledgement of a task that has just ended to that
+        # (celery/worker/consumer/consumer.py, call_soon).
+        self._hub.call_later(SOON, self._look)
 
     def _look(self) -> None:
-        if self._must_wait():
-            self._hub.call_later(LOOK_EVERY, self._look)
-            return
-        # Two turns of the loop later: Celery puts off the acknowledgement of a
-        # task that has just ended to the next (celery/worker/consumer/consumer.py,
-        # call_soon), in no order among what it does then.
-        self._hub.call_soon(self._hub.call_soon, self._end)
-
-    def _must_wait(self) -> bool:
-        return _running() and time.monotonic() < self._until
-
-    def _end(self) -> None:
         if state.should_stop is not None:
             return
-        if self._must_wait():  # what was on its way has come
-            self._look()
+        running = _running()
+        if running and time.monotonic() < self._until:
+            self._hub.call_later(LOOK_EVERY, self._look)
             return
         self._hand_back()
         assert self._code is not None
-        if _running():
+        if running:
             # Their messages are with others by now; Celery would take its time.
             end_now(self._code)
         state.should_stop = self._code
+        self._wake()  # the loop is about to wait for something to happen
 
     def _hand_back(self) -> None:
         ledger = current_ledger()
