@@ -23,7 +23,7 @@ import celery
 import kombu.pools
 from celery.app import defaults as celery_defaults
 
-from cluster.errors import ClusterError, StateError
+from cluster.errors import ClusterError, ConfigurationError, StateError
 from cluster.model import Endpoint
 from cluster.settings import CELERY_OVERRIDES, SOCKET_TIMEOUT
 from cluster.wire import ending
@@ -146,6 +146,7 @@ class Binding:
 
     Raises:
         StateError: it is bound to another cluster.
+        ConfigurationError: it has settings that Celery can't use. It is as it was.
     """
 
     _bound: ClassVar[dict[int, Binding]] = {}  # by the app's id
@@ -160,22 +161,29 @@ class Binding:
                 if name in os.environ:
                     self._aside[name] = os.environ.pop(name)
             self._bound[id(app)] = self
-        changes = app.conf.maps[0]
-        values = {
-            **{
-                key: value
-                for key, value in CLIENT_DEFAULTS.items()
-                if not app.conf.value_set_for(key)
-            },
-            **_ours(app, endpoint),
-        }
-        self._before = {key: changes.get(key, _MISSING) for key in values}
+        self._before: dict[str, Any] = {}
         self._backend_before = app.backend_cls
-        changes.update(values)
-        app.backend_cls = values["result_backend"]
         self._caches_before = _swap_caches(app, _Caches())
-        self._backend: Backend = app.backend
         self._password = password(endpoint.secret)
+        try:
+            self._bind(endpoint)
+        except Exception as error:
+            self._restore()
+            raise ConfigurationError(
+                f"{app!r} can't be used as it is configured: {type(error).__name__}: {error}"
+            ) from error
+
+    def _bind(self, endpoint: Endpoint) -> None:
+        conf = self.app.conf
+        values = {
+            **{key: value for key, value in CLIENT_DEFAULTS.items() if not conf.value_set_for(key)},
+            **_ours(self.app, endpoint),
+        }
+        changes = conf.maps[0]
+        self._before = {key: changes.get(key, _MISSING) for key in values}
+        changes.update(values)
+        self.app.backend_cls = values["result_backend"]
+        self._backend: Backend = self.app.backend
 
     @property
     def set_aside(self) -> Mapping[str, str]:
@@ -199,7 +207,12 @@ class Binding:
         """Put the app back as it was. Call :meth:`end` first."""
         from cluster.wire.backend import close_all
 
-        close_all(self._password)
+        try:
+            close_all(self._password)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
         changes = self.app.conf.maps[0]
         for key, value in self._before.items():
             if value is _MISSING:
@@ -208,12 +221,13 @@ class Binding:
                 changes[key] = value
         self.app.backend_cls = self._backend_before
         ours = _swap_caches(self.app, self._caches_before)
-        _close(ours)
         with self._lock:
             del self._bound[id(self.app)]
             if not self._bound:
-                os.environ.update(self._aside)
+                for name, text in self._aside.items():
+                    os.environ.setdefault(name, text)  # unless it was set anew meanwhile
                 self._aside.clear()
+        _close(ours)
 
 
 def check_unbound(app: celery.Celery) -> None:

@@ -16,6 +16,7 @@ import selectors
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ class Companion:
         on_line: Callable[[bytes], None],
         on_end: Callable[[], None],
     ) -> None:
-        with log.open("wb") as file:
+        with log.open("ab") as file:
             self._process = subprocess.Popen(
                 module_command(module),
                 env=module_environment({**original_python_path(), **environment}),
@@ -66,6 +67,7 @@ class Companion:
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin = self._process.stdin
+        os.set_blocking(self._stdin.fileno(), False)
         self._stdout = io.BufferedReader(cast("io.FileIO", self._process.stdout))
         self._on_line, self._on_end = on_line, on_end
         _with_a_pipe.add(self)
@@ -77,14 +79,19 @@ class Companion:
         """Its process id."""
         return self._process.pid
 
-    def send(self, line: bytes) -> bool:
-        """Say something; false if it is gone."""
+    def send(self, line: bytes, timeout: float) -> bool:
+        """Say something; false if it is gone, or hasn't listened for ``timeout`` seconds."""
         rest = memoryview(line)
-        try:
-            while rest:
-                rest = rest[self._stdin.write(rest) :]
-        except (BrokenPipeError, ValueError):  # a ValueError: the pipe was closed here
-            return False
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            try:
+                selector.register(self._stdin, selectors.EVENT_WRITE)
+                while rest:
+                    if not selector.select(max(0.0, deadline - time.monotonic())):
+                        return False
+                    rest = rest[self._stdin.write(rest) or 0 :]
+            except (BrokenPipeError, ValueError):  # a ValueError: the pipe was closed here
+                return False
         return True
 
     def wait(self) -> int:
@@ -106,9 +113,13 @@ class Companion:
         return self._process.returncode
 
     def _read(self) -> None:
-        for line in self._stdout:
-            self._on_line(line)
-        self._on_end()
+        try:
+            for line in self._stdout:
+                # The last may be cut off; what isn't ours, a sitecustomize has printed.
+                if line.startswith(b"{") and line.endswith(b"\n"):
+                    self._on_line(line)
+        finally:
+            self._on_end()
 
     def close_in_child(self) -> None:
         """In a process that the manager forked: hold no copy of the pipe's end."""
@@ -154,16 +165,15 @@ class Leash:
         self._hear()
         return self._closed or os.getppid() != self._manager
 
-    def wait(self, seconds: float, *descriptors: int) -> bool:
-        """Wait until the manager says something or any of ``descriptors`` is readable, or the
-        time is up; true if the manager is gone."""
+    def wait(self, *descriptors: int, seconds: float = _LOOK_EVERY) -> bool:
+        """Wait until the manager says something more or any of ``descriptors`` is readable, or
+        the time is up; true if the manager is gone. Take all its lines first."""
         with selectors.DefaultSelector() as selector:
             for descriptor in (self._control, *descriptors):
                 selector.register(descriptor, selectors.EVENT_READ)
             if self._outbox:
                 selector.register(self._events, selectors.EVENT_WRITE)
-            if b"\n" not in self._inbox:
-                selector.select(seconds)
+            selector.select(seconds)
         self._flush()
         return self.gone
 
@@ -179,7 +189,7 @@ class Leash:
     def wait_for_line(self) -> bytes | None:
         """The next line, or ``None`` if the manager is gone before it says one."""
         while (line := self.line()) is None:
-            if self.wait(_LOOK_EVERY):
+            if self.wait():
                 return None
         return line
 

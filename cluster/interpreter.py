@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,16 @@ def module_environment(extra: Mapping[str, str]) -> dict[str, str]:
     Args:
         extra: variables to add.
     """
-    return {**os.environ, "PYTHONPATH": search_path(), **extra}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path()), **extra}
 
 
 def search_path() -> str:
-    """``sys.path`` with every entry absolute, as one string."""
-    return os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    """``sys.path`` with every entry absolute, as JSON: an entry may hold any character."""
+    return json.dumps(_search_path())
+
+
+def _search_path() -> list[str]:
+    return [os.path.abspath(entry) for entry in sys.path]
 
 
 def restore_search_path(path: str) -> None:
@@ -41,7 +46,7 @@ def restore_search_path(path: str) -> None:
     else:
         os.environ.pop("PYTHONPATH", None)
     if path:
-        sys.path[:] = path.split(os.pathsep)
+        sys.path[:] = json.loads(path)
 
 
 def original_python_path(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -15,7 +15,7 @@ def encode(message: DataclassInstance) -> bytes:
     return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 
-def decode(line: bytes, *kinds: type[Any]) -> Any:
+def decode(line: bytes | str, *kinds: type[Any]) -> Any:
     """The message in a line, which is of one of these classes. Lists become tuples."""
     fields: dict[str, Any] = json.loads(line)
     name = fields.pop("kind")

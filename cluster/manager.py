@@ -30,6 +30,7 @@ from cluster.errors import (
     WorkerLost,
     WorkersNotReady,
 )
+from cluster.jsonlines import encode
 from cluster.launchers.base import Launcher
 from cluster.model import (
     TRANSITIONS,
@@ -45,6 +46,7 @@ from cluster.plan import Plan, count, make_plan, seconds
 from cluster.progress import Display
 from cluster.readiness import Verdict, decide
 from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
+from cluster.wire import keys
 from cluster.wire.exitcodes import ExitCode
 from cluster.wire.secret import new_secret
 
@@ -98,8 +100,11 @@ def start(
             for local processes 60.
         progress: show how it goes, on standard error. Default: yes, live on a
             terminal and one line per change elsewhere.
-        options: the launcher's own; for local processes ``concurrency``, the
-            tasks that each worker runs at once (default 1).
+        options: the launcher's own. For local processes: ``concurrency``, the
+            tasks that each worker runs at once (default 1); ``environment``,
+            variables for the workers besides this process's; ``output``,
+            whether to show what they print (default yes); ``loglevel``, of
+            their logging (default ``"WARNING"``).
 
     Returns:
         A running cluster. Use it in a ``with`` statement, or call its ``stop()``.
@@ -122,7 +127,7 @@ def start(
         timeout=timeout,
         options=options,
     )
-    if progress not in (None, True, False):
+    if progress is not None and not isinstance(progress, bool):
         raise ConfigurationError(f"progress={progress!r}: give True, False or None.")
     cluster = Cluster(plan)
     cluster._start(Display(progress))
@@ -311,6 +316,7 @@ class Cluster:
 
         endpoint = self._broker.wait()
         self._client = connect(endpoint, SOCKET_TIMEOUT)
+        self._client.set(keys.MANAGER, encode(plan.side))
         self._binding = Binding(plan.app, endpoint)
         self._supervisor = Supervisor(
             launcher=plan.launcher,
@@ -418,10 +424,7 @@ class Cluster:
             statuses = supervisor.roster.statuses
             failed = supervisor.roster.failed
             coming = supervisor.coming
-            mismatched = any(
-                seat.refused or seat.status.exit_code == ExitCode.VERSION_MISMATCH
-                for seat in failed
-            )
+            mismatched = any(seat.status.exit_code == ExitCode.VERSION_MISMATCH for seat in failed)
             mismatches = str(supervisor.mismatches)
         if failed:
             reasons = sorted({seat.status.reason for seat in failed})

@@ -1,11 +1,12 @@
-"""Does a worker run what the manager runs? Decided as it joins; pure.
+"""Does a worker run what the manager runs? Pure; both sides ask.
 
-What can't work is refused. What may work is said.
+A worker that can't work with the manager ends before it takes a task. What may
+work is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster import tables
@@ -22,7 +23,7 @@ class Side:
     """What a process runs: versions by name, and the names of its tasks."""
 
     versions: Mapping[str, str]
-    tasks: Collection[str]
+    tasks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class Mismatches:
     """
 
     manager: Side
-    _found: dict[Difference, list[str]] = field(default_factory=dict)
+    _found: dict[Difference, dict[str, None]] = field(default_factory=dict)  # a set, in order
 
     def join(self, worker: str, side: Side) -> tuple[bool, bool]:
         """A worker joins: whether it must be refused, and whether that is any news.
@@ -102,24 +103,14 @@ class Mismatches:
         differences = compare(self.manager, side)
         news = not all(difference in self._found for difference in differences)
         for difference in differences:
-            self._found.setdefault(difference, []).append(worker)
+            self._found.setdefault(difference, {})[worker] = None
         return any(difference.fatal for difference in differences), news
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
 
     def __str__(self) -> str:
         rows = [("", "manager", "worker", "on", "")]
         for difference, workers in self._found.items():
             on = ", ".join(workers) if len(workers) <= WORKERS_NAMED else f"{len(workers)} workers"
             verdict = "can't work: " if difference.fatal else ""
-            rows.append(
-                (
-                    difference.what,
-                    difference.manager,
-                    difference.worker,
-                    on,
-                    verdict + difference.meaning,
-                )
-            )
+            said = verdict + difference.meaning
+            rows.append((difference.what, difference.manager, difference.worker, on, said))
         return tables.text(rows)

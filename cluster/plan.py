@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import math
@@ -94,7 +95,7 @@ def make_plan(
     return Plan(
         app=found,
         ref=ref,
-        side=Side(versions(), task_names(found, ref)),
+        side=Side(versions(), tuple(sorted(task_names(found, ref)))),
         launcher=made,
         host=_host(made),
         server=find_server(settings.broker_server),
@@ -117,14 +118,13 @@ def count(name: str, value: int) -> int:
 
 def seconds(name: str, value: float) -> float:
     """Raise :class:`ConfigurationError` unless ``value`` is a number of seconds that end."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value < 0
-    ):
+    number = -1.0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+            number = float(value)
+    if not math.isfinite(number) or number < 0:
         raise ConfigurationError(f"{name}={value!r}: give a number of seconds, 0 or more.")
-    return float(value)
+    return number
 
 
 def _host(launcher: Launcher) -> str:

@@ -8,7 +8,7 @@ ended or the guardian that its connection did.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.model import Phase, Registration, WorkerRef, WorkerStatus, WorkerView
 
@@ -24,7 +24,6 @@ class Seat:
     node: str = ""
     ready: bool = False
     gone: bool = False
-    refused: str = ""
 
 
 class Roster:
@@ -46,14 +45,6 @@ class Roster:
             if seat.ref.id == registration.worker and not seat.gone:
                 seat.node = registration.node
 
-    def refused(self, registration: Registration, why: str) -> WorkerRef | None:
-        """A worker has registered that mustn't take part; returns its ref if that is news."""
-        for seat in self._seats.values():
-            if seat.ref.id == registration.worker and not seat.gone:
-                seat.node, seat.gone, seat.refused = registration.node, True, why
-                return seat.ref
-        return None
-
     def answered(self, nodes: Iterable[str]) -> None:
         """These nodes have answered a ping."""
         for node in nodes:
@@ -66,9 +57,7 @@ class Roster:
         gone = []
         for ref, status in statuses.items():
             seat = self._seats[ref]
-            seat.status = (
-                replace(status, phase=Phase.FAILED, reason=seat.refused) if seat.refused else status
-            )
+            seat.status = status
             if status.final and not seat.gone:
                 seat.gone = True
                 gone.append(seat)
@@ -121,7 +110,7 @@ class Roster:
         return tuple(
             seat
             for seat in self._seats.values()
-            if seat.refused or (seat.status.final and seat.status.phase is not Phase.EXITED)
+            if seat.status.final and seat.status.phase is not Phase.EXITED
         )
 
     @property

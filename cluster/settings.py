@@ -1,7 +1,7 @@
 """Every setting and every environment variable, in one place.
 
-Nothing else reads the environment. Two groups: what a *user* may set around a
-manager, and what a manager hands to the *worker* it starts.
+Two groups: what a *user* may set around a manager, and what a manager hands to
+the *worker* it starts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _json(text: str) -> Any:
 
 @environ.config(prefix="CLUSTER", frozen=True)
 class WorkerSettings:
-    """What a manager hands to its workers; written by :func:`worker_environment`."""
+    """What a manager and its launcher hand to a worker."""
 
     id: str = environ.var(help="the cluster's id")
     address: str = environ.var(help="HOST:PORT of the broker")
@@ -68,7 +68,7 @@ class WorkerSettings:
     parent: int = environ.var(
         default=0, converter=int, help="process id whose end ends this worker; 0: none"
     )
-    path: str = environ.var(default="", help="the manager's sys.path")
+    path: str = environ.var(default="", help="the manager's sys.path, as JSON")
     scratch: str = environ.var(
         default="", help="directory for the pool's own files; removed by the manager"
     )

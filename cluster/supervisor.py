@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cluster")
 
-#: Why a worker is refused whose code isn't the manager's.
-MISMATCH = "it runs what can't work with the manager"
-
 #: Seconds that a turn waits for a registration. It ends at once when one comes.
 TURN = 0.1
 
@@ -100,7 +97,7 @@ class Supervisor(threading.Thread):
         self._on_failure = on_failure
         self._replacements = Replacements(wanted)
         self._due: list[float] = []  # when to launch a replacement, one entry each
-        self._to_release: dict[str, tuple[str, bool]] = {}  # node → why, and whether it died
+        self._to_release: dict[str, str] = {}  # node → why
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._reread = False
@@ -197,13 +194,9 @@ class Supervisor(threading.Thread):
         side = Side(registration.versions, registration.tasks)
         with self.changed:
             fatal, news = self.mismatches.join(registration.worker, side)
-            if not fatal:
+            if not fatal:  # else it has seen so itself, and ends
                 self.roster.joined(registration)
-            ref = self.roster.refused(registration, MISMATCH) if fatal else None
-        if ref is not None:
-            self._to_release[registration.node] = (MISMATCH, False)
-            self._launcher.terminate([ref], reason=MISMATCH)
-        if news and not fatal:
+        if news:
             self._on_remark(f"Workers differ from the manager:\n{self.mismatches}")
         for remark in registration.remarks:
             if remark not in self._remarks:
@@ -241,13 +234,13 @@ class Supervisor(threading.Thread):
             self._on_ready()
 
     def _release(self) -> None:
-        """Give back what workers held that are refused, or that their platform says are gone.
+        """Give back what workers held that their platform says are gone.
 
         The guardian has mostly done it already; where a connection outlives
         its worker, only the platform knows.
         """
-        for node, (why, died) in tuple(self._to_release.items()):
-            self._scripts.release(node, why, died=died)
+        for node, why in tuple(self._to_release.items()):
+            self._scripts.release(node, why, died=True)
             del self._to_release[node]
 
     def _hear_guardian(self) -> None:
@@ -278,7 +271,7 @@ class Supervisor(threading.Thread):
             for seat in self.roster.described(statuses):
                 self._bury(seat, seat.status.reason)
                 if seat.node:
-                    self._to_release[seat.node] = (seat.status.reason, True)
+                    self._to_release[seat.node] = seat.status.reason
 
     def _bury(self, seat: Seat, why: str) -> None:
         """A worker is gone: see whether another shall come in its place."""

@@ -81,7 +81,7 @@ class Broker:
         )
         self._order = order
         self.endpoint: Endpoint | None = None
-        self._guardian.send(encode(order))  # if it is gone, wait() says why
+        self._guardian.send(encode(order), HANDSHAKE_TIMEOUT)  # if it is gone, wait() says why
 
     def wait(self) -> Endpoint:
         """Wait until it is up.
@@ -106,7 +106,7 @@ class Broker:
         """Workers take part from now on: have the guardian look after them. Idempotent."""
         if not self._watching:
             self._watching = True
-            self._guardian.send(encode(Watch()))
+            self._guardian.send(encode(Watch()), HANDSHAKE_TIMEOUT)
 
     def _on_line(self, line: bytes) -> None:
         event: Event = decode(line, *EVENTS)

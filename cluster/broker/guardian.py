@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
 import signal
 import socket
@@ -126,7 +127,7 @@ class Guardian:
             )
         assert self.server.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.server.stdin as stdin:
-            stdin.write(write_configuration(settings).encode())
+            stdin.write(os.fsencode(write_configuration(settings)))
         self._wait_for_answer(time.monotonic() + timeout)
 
     def _wait_for_answer(self, deadline: float) -> None:
@@ -143,11 +144,11 @@ class Guardian:
                 last = error
             if time.monotonic() >= deadline:
                 raise ServerFailed(f"{self.order.server} doesn't answer ({last})")
-            if self._leash.wait(FIRST_TICK):
+            if self._leash.wait(seconds=FIRST_TICK):
                 raise ServerFailed("the manager is gone")
 
     def _watch(self) -> None:
-        while not self._leash.wait(TICK):
+        while not self._leash.wait(seconds=TICK):
             assert self.server is not None
             if self.server.poll() is not None and not self._restart():
                 return
@@ -171,7 +172,7 @@ class Guardian:
                     Failed(f"{reason}, again and again", tuple(last_lines(self.log, LOG_TAIL)))
                 )
                 return False
-            if self._leash.wait(pause):
+            if self._leash.wait(seconds=pause):
                 return False
             try:
                 self._start_server(RESTART_TIMEOUT)

@@ -163,7 +163,7 @@ def write_configuration(settings: Mapping[str, str]) -> str:
 
 def _quoted(value: str) -> str:
     """As redis.conf has it: a directory's name may hold spaces and quotes."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 
 

@@ -63,8 +63,8 @@ def worker() -> None:
     A manager (cluster.start) says by CLUSTER_... environment variables which
     cluster to join and which app to import. The exit code says why the worker
     ended: 0 told to leave, 81 by its platform, 82 manager or broker gone, 83
-    declared dead, 84 the app can't be imported, 85 another version of
-    celery-cluster than the manager's.
+    declared dead, 84 the app can't be imported, 85 it runs what can't
+    work with the manager.
     """
     from cluster.worker.boot import main
 

@@ -175,9 +175,9 @@ def _explain(name: str, schema: type[BaseModel], error: ValidationError) -> str:
             problems.append(f"there is no option {option!r}{_meant(option, known)}")
         elif problem["type"] == "value_error":
             problems.append(f"{option}: {problem['ctx']['error']}")
-        elif option in known and not isinstance(value, Mapping):
+        elif option in known and option != "environment":
             problems.append(f"{option}={value!r}: {problem['msg']}")
-        else:  # what is inside may be a password
+        else:  # it may hold a password
             problems.append(f"{option}: {problem['msg']}")
     takes = ", ".join(known) or "no options"
     return f"The launcher {name!r} can't use this: {'; '.join(problems)}. It takes {takes}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from dataclasses import dataclass
@@ -17,6 +18,15 @@ AT_ONCE = 256 * 1024
 #: Bytes of a line that isn't complete to keep before it is shown as it is.
 LINE_AT_MOST = 64 * 1024
 
+#: Bytes of each log to show at the end, at most: the cluster waits for it.
+AT_THE_END = 2**20
+
+#: Seconds for that. Standard error may be a pipe that nobody reads.
+END_TIMEOUT = 2.0
+
+#: Seconds for a write to end when this process is about to fork.
+FORK_TIMEOUT = 1.0
+
 
 @dataclass(slots=True)
 class _Log:
@@ -27,72 +37,101 @@ class _Log:
 
 
 class Echo:
-    """Follows log files, and writes what is added to them to this process's standard error.
+    """Follows one cluster's log files, and writes what is added to them to standard error.
 
     It reads files rather than pipes, so that a worker never waits for a
     manager that is too busy to read.
     """
 
     def __init__(self) -> None:
-        self._logs: dict[str, _Log] = {}
+        self._logs: list[_Log] = []
         self._lock = threading.Lock()
         self._ending = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="cluster-echo", daemon=True)
 
     def follow(self, worker: str, path: Path) -> None:
         """Show what this worker prints into ``path``, from its beginning."""
         with self._lock:
-            self._logs[worker] = _Log(worker, path)
-            if self._thread is None:
-                self._ending.clear()
-                self._thread = threading.Thread(target=self._run, name="cluster-echo", daemon=True)
-                self._thread.start()
+            self._logs.append(_Log(worker, path))
+        if self._thread.ident is None:
+            self._thread.start()
 
     def end(self) -> None:
-        """Show what is left, and follow no more. Idempotent."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            self._ending.set()
-            thread.join()
-        self._show_all(final=True)
-        self._logs.clear()
+        """Show what is left, or the end of it, and follow no more."""
+        self._ending.set()
+        if self._thread.ident is not None:
+            self._thread.join(END_TIMEOUT)
 
     def _run(self) -> None:
         behind = False
         while not self._ending.wait(0 if behind else LOOK_EVERY):
-            behind = self._show_all()
+            shown = [self._show(log, AT_ONCE) for log in self._all()]
+            behind = AT_ONCE in shown
+        for log in self._all():
+            self._show_end(log)
 
-    def _show_all(self, *, final: bool = False) -> bool:
-        """Show what is new; whether there may be more of it."""
+    def _all(self) -> tuple[_Log, ...]:
         with self._lock:
-            logs = tuple(self._logs.values())
-        behind = False
-        for log in logs:
-            while (shown := self._show(log, final=final)) and final:
-                pass
-            behind = behind or shown == AT_ONCE
-        return behind
+            return tuple(self._logs)
 
-    def _show(self, log: _Log, *, final: bool) -> int:
+    def _show_end(self, log: _Log) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            left = log.path.stat().st_size - log.position
+            if left > AT_THE_END:
+                log.position += left - AT_THE_END
+                log.rest += b"\n[%d bytes are not shown]\n" % (left - AT_THE_END)
+        self._show(log, AT_THE_END)
+        if log.rest:
+            _write(f"{log.worker} | {log.rest.decode(errors='replace')}\n")
+
+    def _show(self, log: _Log, at_most: int) -> int:
         """Show what is new; how many bytes that was."""
         try:
             with log.path.open("rb") as file:
                 file.seek(log.position)
-                new = file.read(AT_ONCE)
+                new = file.read(at_most)
         except FileNotFoundError:
             return 0  # not made yet, or removed with its directory
         log.position += len(new)
         *lines, log.rest = (log.rest + new).split(b"\n")
-        # A line without an end, or one so long that it mustn't be kept: a progress bar, say.
-        if len(log.rest) > LINE_AT_MOST or (final and not new and log.rest):
+        if len(log.rest) > LINE_AT_MOST:  # a progress bar, say
             lines.append(log.rest)
             log.rest = b""
-        text = "".join(f"{log.worker} | {line.decode(errors='replace')}\n" for line in lines)
-        if text and sys.stderr is not None:  # None: it was closed
-            # The user may have put anything there, and one that can't be written to is no
-            # reason to stop working.
-            with contextlib.suppress(Exception):
-                sys.stderr.write(text)
-                sys.stderr.flush()
+        _write("".join(f"{log.worker} | {line.decode(errors='replace')}\n" for line in lines))
         return len(new)
+
+
+_writing = threading.Lock()
+_held_for_fork = False
+
+
+def _write(text: str) -> None:
+    if text and sys.stderr is not None:  # None: it was closed
+        # The user may have put anything there, and one that can't be written to is no
+        # reason to stop working.
+        with _writing, contextlib.suppress(Exception):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def _before_fork() -> None:
+    """A stream has a lock of its own, and a fork in the middle of a write would copy it held."""
+    global _held_for_fork
+    _held_for_fork = _writing.acquire(timeout=FORK_TIMEOUT)
+
+
+def _after_fork_in_parent() -> None:
+    if _held_for_fork:
+        _writing.release()
+
+
+def _after_fork_in_child() -> None:
+    global _writing
+    _writing = threading.Lock()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from cluster.logfile import last_lines
 
 #: Seconds for a fork server to import what it must and fork what it was told.
 FORK_TIMEOUT = 30.0
+
+#: Seconds between looks at whether a process has ended without a report.
+LOOK_EVERY = 0.1
 
 #: Seconds for it to end.
 END_TIMEOUT = 2.0
@@ -57,10 +61,10 @@ class Process:
         """Its exit code as in ``subprocess``, or ``None`` while it runs or if nobody knows."""
         return self._code
 
-    def wait(self, timeout: float) -> bool:
-        """Wait until it has ended; false if it hasn't within ``timeout`` seconds."""
+    def wait(self, timeout: float) -> None:
+        """Wait for its end to be reported, for at most ``timeout`` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.over, timeout)
+            self._changed.wait_for(lambda: self.over, timeout)
 
     def terminate(self) -> None:
         """SIGTERM to the main process alone."""
@@ -83,6 +87,16 @@ class Process:
                 # macOS says PermissionError of a group of nothing but zombies.
                 os.killpg(self._handle.pid, signal.SIGKILL)
 
+    @property
+    def dead(self) -> bool:
+        """Whether it has ended, whoever says so: a fork server that is stopped reports nothing."""
+        if self.over or self._handle is None:
+            return True
+        try:
+            return self._handle.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
     # -- told by the fork server ------------------------------------------------------
 
     def forked(self, pid: int) -> None:
@@ -99,6 +113,17 @@ class Process:
         if self._code is None:
             self.kill_all()
             self.lost = True
+
+
+def wait_for(processes: Sequence[Process], timeout: float) -> Sequence[Process]:
+    """Wait until all of these have ended; return those that haven't within ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while alive := [process for process in processes if not process.dead]:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return alive
+        alive[0].wait(min(left, LOOK_EVERY))
+    return ()
 
 
 class ForkServer:
@@ -156,12 +181,13 @@ class ForkServer:
         with self._changed:
             self._processes.update(made)
         order = Fork(workers=tuple(workers), environment=environment, cwd=str(cwd), logs=str(logs))
-        self._companion.send(encode(order))
+        heard = self._companion.send(encode(order), FORK_TIMEOUT)
         with self._changed:
             if self._gone:
                 self._lose()
             self._changed.wait_for(
-                lambda: all(process.settled for process in made.values()), FORK_TIMEOUT
+                lambda: all(process.settled for process in made.values()),
+                FORK_TIMEOUT if heard else 0,
             )
         for process in made.values():
             if not process.settled or (process.lost and not process.pid):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from cluster.errors import LaunchError
 from cluster.interpreter import original_python_path, search_path
 from cluster.launchers.echo import Echo
-from cluster.launchers.forkserver import ForkServer, Process
+from cluster.launchers.forkserver import ForkServer, Process, wait_for
 from cluster.logfile import last_lines
 from cluster.model import (
     Finding,
@@ -37,7 +36,7 @@ logger = logging.getLogger("cluster")
 #: Seconds between SIGTERM and SIGKILL when a worker is ended.
 TERM_GRACE = 0.5
 
-#: Seconds for the kernel to end a process after SIGKILL.
+#: Seconds for the kernel to end processes after SIGKILL.
 KILL_TIMEOUT = 5.0
 
 #: Bytes that each process of a worker takes for itself, before it imports anything of the user's
@@ -78,8 +77,10 @@ class LocalOptions(BaseModel):
     @classmethod
     def _not_ours(cls, environment: dict[str, str]) -> dict[str, str]:
         for name, value in environment.items():
-            if not name or "=" in name or "\0" in name + value:
+            if not name or "=" in name or "\0" in name:
                 raise ValueError(f"{name!r} can't be the name of a variable")
+            if "\0" in value:
+                raise ValueError(f"the value of {name} has a null character")
             if name.startswith("CLUSTER_") or name in {*CELERY_OVERRIDES, "MP_MAIN_FILE"}:
                 raise ValueError(f"{name} is the cluster's own")
         return environment
@@ -90,6 +91,22 @@ class _Worker:
     cluster_id: str
     process: Process
     log: Path
+
+
+@dataclass(slots=True)
+class _Run:
+    """What there is for one cluster.
+
+    The surroundings are the manager's as it started: a worker that takes
+    another's place must find what that one found, wherever the manager has
+    gone since.
+    """
+
+    server: ForkServer
+    echo: Echo | None
+    cwd: Path
+    path: str
+    environment: Mapping[str, str]
 
 
 class LocalLauncher:
@@ -105,9 +122,8 @@ class LocalLauncher:
 
     def __init__(self, options: LocalOptions | None = None) -> None:
         self._options = options or LocalOptions()
-        self._servers: dict[str, ForkServer] = {}  # by the cluster's id
+        self._runs: dict[str, _Run] = {}  # by the cluster's id
         self._workers: dict[WorkerRef, _Worker] = {}
-        self._echo = Echo() if self._options.output else None
 
     def preflight(self, wanted: int, minimum: int) -> Sequence[Finding]:
         at_once = wanted * self._options.concurrency
@@ -135,31 +151,43 @@ class LocalLauncher:
         return Reach(host="127.0.0.1", tls=False)
 
     def prepare(self, spec: WorkerSpec) -> None:
-        self._servers[spec.cluster_id] = ForkServer(spec.directory, spec.environment)
+        try:
+            cwd, path = Path.cwd(), search_path()
+        except FileNotFoundError as error:
+            raise LaunchError("The working directory has been removed.") from error
+        self._runs[spec.cluster_id] = _Run(
+            server=self._fork_server(spec),
+            echo=Echo() if self._options.output else None,
+            cwd=cwd,
+            path=path,
+            environment={**os.environ, **self._options.environment},
+        )
+
+    def _fork_server(self, spec: WorkerSpec) -> ForkServer:
+        # With the user's variables, for those that Python reads as it starts.
+        return ForkServer(spec.directory, {**self._options.environment, **spec.environment})
 
     def launch(self, spec: WorkerSpec, count: int) -> Sequence[WorkerRef]:
         if count == 0:
             return []
-        server = self._servers.get(spec.cluster_id)
-        if server is None or server.gone:
-            if server is not None:
-                server.end()
-            server = self._servers[spec.cluster_id] = ForkServer(spec.directory, spec.environment)
+        if spec.cluster_id not in self._runs:
+            self.prepare(spec)
+        run = self._runs[spec.cluster_id]
+        if run.server.gone:
+            run.server.end()
+            run.server = self._fork_server(spec)
         refs = [WorkerRef(f"local-{secrets.token_hex(3)}", self.name) for _ in range(count)]
-        try:
-            processes = server.fork(
-                [ref.id for ref in refs],
-                environment=self._environment(spec),
-                cwd=Path.cwd(),
-                logs=spec.directory,
-            )
-        except FileNotFoundError as error:
-            raise LaunchError("The working directory has been removed.") from error
+        processes = run.server.fork(
+            [ref.id for ref in refs],
+            environment=self._environment(spec, run),
+            cwd=run.cwd,
+            logs=spec.directory,
+        )
         for ref in refs:
             log = spec.directory / f"{ref.id}.log"
             self._workers[ref] = _Worker(spec.cluster_id, processes[ref.id], log)
-            if self._echo is not None:
-                self._echo.follow(ref.id, log)
+            if run.echo is not None:
+                run.echo.follow(ref.id, log)
         failed = [ref for ref in refs if processes[ref.id].failure]
         if failed:
             raise LaunchError(
@@ -168,15 +196,14 @@ class LocalLauncher:
             )
         return refs
 
-    def _environment(self, spec: WorkerSpec) -> Mapping[str, str]:
+    def _environment(self, spec: WorkerSpec, run: _Run) -> Mapping[str, str]:
         at_once = max(1, spec.workers) * self._options.concurrency
-        users = {**os.environ, **self._options.environment}
         return {
-            **users,
-            **original_python_path(users),
+            **run.environment,
+            **original_python_path(run.environment),
             **spec.environment,
             "CLUSTER_CONCURRENCY": str(self._options.concurrency),
-            "CLUSTER_PATH": search_path(),
+            "CLUSTER_PATH": run.path,
             "CLUSTER_SCRATCH": str(spec.directory),
             "CLUSTER_LOGLEVEL": self._options.loglevel,
             "CLUSTER_THREADS": str(max(1, cpus() // at_once)),
@@ -211,21 +238,21 @@ class LocalLauncher:
         for process in alive:
             # Its main process alone: that one drains, with its children.
             process.terminate()
-        deadline = time.monotonic() + TERM_GRACE
-        for process in alive:
-            process.wait(max(0.0, deadline - time.monotonic()))
+        wait_for(alive, TERM_GRACE)
         for process in alive:
             process.kill_all()
-        for process in alive:
-            if not process.wait(KILL_TIMEOUT):
-                logger.warning("Process %s doesn't end, even when killed.", process.pid)
+        for process in wait_for(alive, KILL_TIMEOUT):
+            logger.warning("Process %s doesn't end, even when killed.", process.pid)
 
     def close(self, cluster_id: str) -> None:
-        server = self._servers.pop(cluster_id, None)
-        if server is not None:
-            server.end()
-        if self._echo is not None and not self._servers:
-            self._echo.end()
+        run = self._runs.pop(cluster_id, None)
+        if run is None:
+            return
+        run.server.end()
+        if run.echo is not None:
+            run.echo.end()
+        for ref in [ref for ref, one in self._workers.items() if one.cluster_id == cluster_id]:
+            del self._workers[ref]
 
     def find(self, cluster_id: str) -> Sequence[WorkerRef]:
         # Those of another manager aren't looked for: they end when it does.

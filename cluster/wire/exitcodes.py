@@ -18,7 +18,7 @@ class ExitCode(IntEnum):
     ORPHANED = 82  # the manager or the broker is gone
     FENCED = 83  # was declared dead, and came back
     IMPORT_FAILED = 84  # the app can't be imported, or Celery builds no worker for it
-    VERSION_MISMATCH = 85  # another version of this package than the manager's
+    VERSION_MISMATCH = 85  # it runs what can't work with the manager
 
 
 _MEANING = {
@@ -27,7 +27,7 @@ _MEANING = {
     ExitCode.ORPHANED: "ended itself: manager or broker gone",
     ExitCode.FENCED: "had been declared dead and ended itself when it came back",
     ExitCode.IMPORT_FAILED: "the app can't be imported or set up",
-    ExitCode.VERSION_MISMATCH: "runs another version of celery-cluster than the manager",
+    ExitCode.VERSION_MISMATCH: "runs what can't work with the manager",
 }
 
 #: A new worker in its place would end the same way.

@@ -14,6 +14,8 @@ FENCED = "cluster:fenced"
 JOINED = "cluster:joined"
 #: List of messages that were handed out too often, for the manager to fail.
 GIVEN_UP = "cluster:given-up"
+#: String: what the manager runs, which a worker compares with itself.
+MANAGER = "cluster:manager"
 #: String: set when the cluster is over; what it holds is the grace in seconds.
 OVER = "cluster:over"
 #: Counter that numbers the hand-outs.

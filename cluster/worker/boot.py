@@ -36,8 +36,10 @@ def main() -> NoReturn:
         sys.exit(f"cluster worker: {error}")
     for name in WORKER_VARIABLES:
         os.environ.pop(name, None)
+    # Who limits OpenMP means all of them.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(settings.threads)
     for name in THREAD_LIMITS:
-        os.environ.setdefault(name, str(settings.threads))
+        os.environ.setdefault(name, threads)
     restore_search_path(settings.path)
     # Into a file or a container's log, and to be seen as it comes.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -26,9 +26,6 @@ from cluster.forkorders import Ended, Event, Fork, Forked, NotForked
 from cluster.interpreter import restore_search_path
 from cluster.jsonlines import decode, encode
 
-#: Seconds between looks at whether the manager is still the parent.
-LOOK_EVERY = 1.0
-
 #: What a worker imports, up to its first task.
 PRELOAD = (
     "cluster.worker.boot",
@@ -59,6 +56,7 @@ class ForkServer:
 
     def __init__(self, leash: Leash) -> None:
         self._leash = leash
+        self._pid = os.getpid()
         self._workers: dict[int, str] = {}  # id by process id
         self._wake, wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -69,7 +67,7 @@ class ForkServer:
 
     def run(self) -> bool:
         """Until the manager is gone: false. In a worker just forked: true."""
-        while not self._leash.wait(LOOK_EVERY, self._wake):
+        while not self._leash.wait(self._wake):
             self._reap()
             while (line := self._leash.line()) is not None:
                 if self._fork_all(decode(line, Fork)):
@@ -92,7 +90,6 @@ class ForkServer:
 
     def _become(self, worker: str, order: Fork) -> None:
         """In a worker just forked: be as a process started by itself would be."""
-        parent = os.getppid()
         os.setsid()
         self._leash.drop()
         signal.set_wakeup_fd(-1)
@@ -106,7 +103,7 @@ class ForkServer:
         os.close(log)
         os.environ.clear()
         os.environ.update(order.environment)
-        os.environ.update({"CLUSTER_WORKER": worker, "CLUSTER_PARENT": str(parent)})
+        os.environ.update({"CLUSTER_WORKER": worker, "CLUSTER_PARENT": str(self._pid)})
         time.tzset()  # a process started by itself would find TZ there
         os.chdir(order.cwd)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.utils.log import get_logger
 
+from cluster.jsonlines import decode
+from cluster.mismatch import Mismatches, Side
 from cluster.model import Registration
 from cluster.settings import DRAIN_GRACE
 from cluster.versions import versions
@@ -22,6 +25,9 @@ from cluster.worker.drain import Drain
 from cluster.worker.processes import end_now, reset_in_children
 from cluster.worker.remarks import remarks
 from cluster.worker.wake import Wake
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 logger = get_logger(__name__)
 
@@ -94,8 +100,22 @@ class Membership:
 
     def _register(self, registration: Registration) -> None:
         with self._worker.app.connection_for_write() as connection:
-            scripts = Scripts(connection.default_channel.client)
-            scripts.register(registration.node, encode(registration))
+            client = connection.default_channel.client
+            self._compare(client, registration)
+            Scripts(client).register(registration.node, encode(registration))
+
+    def _compare(self, client: Redis, registration: Registration) -> None:
+        """End here if this can't work with the manager: before it takes a task, which it would
+        fail, and in words of its own."""
+        manager = client.get(keys.MANAGER)
+        if manager is None:
+            return
+        found = Mismatches(decode(manager, Side))
+        fatal, _ = found.join(self._id, Side(registration.versions, registration.tasks))
+        if fatal:
+            print(f"This worker can't work with its manager:\n{found}", file=sys.stderr)
+            client.lpush(keys.JOINED, encode(registration))
+            end_now(ExitCode.VERSION_MISMATCH)
 
     def _announce(self, registration: Registration) -> None:
         try:

@@ -66,3 +66,22 @@ def test_workers_that_have_none_of_the_tasks_are_refused(differing):
     app = differing("empty", in_a_worker="Celery.gen_task_name = lambda self, name, module: name")
     with pytest.raises(cluster.VersionMismatch, match="not registered there: empty.add"):
         cluster.start(1, app=app)
+
+
+def test_a_worker_that_comes_later_and_lacks_the_tasks_fails_none(differing, tmp_path, eventually):
+    """It ends before it takes one; those that wait are told why no other comes."""
+    changed = tmp_path / "changed"
+    app = differing(
+        "changing",
+        in_a_worker=f"""import pathlib
+    if pathlib.Path({str(changed)!r}).exists():
+        Celery.gen_task_name = lambda self, name, module: name""",
+    )
+    with cluster.start(1, app=app) as c:
+        changed.touch()
+        [worker] = c.launcher._workers.values()
+        worker.process.kill()
+        results = [sys.modules["changing"].add.delay(i, i) for i in range(20)]
+        for result in results:
+            with pytest.raises(cluster.WorkerLost, match="can't work with the manager"):
+                result.get(timeout=30)

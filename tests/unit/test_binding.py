@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -155,6 +156,23 @@ def test_binding_gives_back_all_it_took():
     assert dict(mine.conf) == before
     assert mine.pool is pool
     assert mine.backend is backend
+
+
+def test_binding_that_fails_leaves_all_as_it_was(monkeypatch):
+    """The app has a setting that Celery can't use: that is said, and it can be mended."""
+    monkeypatch.setenv("CELERY_BROKER_URL", "amqp://mine//")
+    mine = Celery("mine")
+    mine.conf.result_serializer = "msgpackk"
+    before = dict(mine.conf)
+    with pytest.raises(cluster.ConfigurationError, match="mine.*msgpackk"):
+        Binding(mine, ENDPOINT)
+    assert dict(mine.conf) == before
+    assert os.environ["CELERY_BROKER_URL"] == "amqp://mine//"
+    mine.conf.result_serializer = "json"
+    bound = Binding(mine, ENDPOINT)
+    monkeypatch.setenv("CELERY_BROKER_URL", "amqp://meanwhile//")
+    bound.release()
+    assert os.environ["CELERY_BROKER_URL"] == "amqp://meanwhile//"
 
 
 def test_a_workers_defaults_lose_to_whatever_the_app_says(monkeypatch):

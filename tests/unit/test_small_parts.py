@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,8 @@ def test_a_started_module_gets_our_search_path_and_gives_back_its_own(monkeypatc
     assert given["PYTHONPATH"] == f"{Path.cwd()}:/a"
     monkeypatch.setenv("PYTHONPATH", given["PYTHONPATH"])
     monkeypatch.setenv("CLUSTER_PYTHONPATH", given["CLUSTER_PYTHONPATH"])
-    interpreter.restore_search_path("/x:/y")
-    assert sys.path == ["/x", "/y"]
+    interpreter.restore_search_path('["/x", "/y:z"]')
+    assert sys.path == ["/x", "/y:z"]
     assert os.environ["PYTHONPATH"] == "/users/own"
     assert "CLUSTER_PYTHONPATH" not in os.environ
 
@@ -165,3 +167,33 @@ def test_a_worker_hands_back_after_what_has_ended_is_acknowledged(monkeypatch):
     finally:
         hub.close()
     assert done == ["acknowledged", "handed back"]
+
+
+def test_a_fork_in_the_middle_of_showing_output_hangs_neither_side(monkeypatch):
+    """It waits for the write, but not for ever; the child can write at once."""
+    from cluster.launchers import echo
+
+    writing, go = threading.Event(), threading.Event()
+
+    class Slow:
+        def write(self, text: str) -> None:
+            writing.set()
+            go.wait(30)
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr(echo, "FORK_TIMEOUT", 0.1)
+    monkeypatch.setattr(sys, "stderr", Slow())
+    thread = threading.Thread(target=echo._write, args=("x",))
+    thread.start()
+    writing.wait(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of forks and threads
+        child = os.fork()
+    if child == 0:
+        os._exit(3 if echo._writing.acquire(blocking=False) else 4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    go.set()
+    thread.join(30)
+    assert echo._writing.acquire(timeout=1)
+    echo._writing.release()
