@@ -298,9 +298,9 @@ def test_no_descriptor_of_the_managers_or_the_fork_servers_is_open_in_a_task(
     running: cluster.Cluster, place: Path
 ):
     """Nor of the other workers: each pipe and socket belongs to the worker alone."""
-    [server] = running.launcher._servers.values()
+    [run] = running.launcher._runs.values()
     mine = descriptors.delay().get(timeout=SOON)
-    others = {*_descriptors(os.getpid()), *_descriptors(server.pid)}
+    others = {*_descriptors(os.getpid()), *_descriptors(run.server.pid)}
     others |= set(_descriptors(running._broker._guardian.pid))
     shared = {entry for entry in mine if entry in others}
     assert not [entry for entry in shared if not entry.startswith(("/dev/", "anon_inode:"))]
