@@ -201,7 +201,8 @@ def _name_of_bare(app: celery.Celery) -> str:
             f"{app!r} isn't the value of a name at the top level of a module that a worker can "
             f"import, and has settings of its own that a worker would miss: {', '.join(own)}. "
             "Write app = Celery(...) at the top level of a module or of the script; or, where a "
-            "function makes it, app = create_app()."
+            "function makes it, app = create_app(), with Flask "
+            'app = create_app().extensions["celery"].'
         )
     return app.main or ""
 

@@ -17,7 +17,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import celery
 import kombu.pools
@@ -26,10 +26,12 @@ from celery.app import defaults as celery_defaults
 from cluster.errors import ClusterError, ConfigurationError, StateError
 from cluster.model import Endpoint
 from cluster.settings import CELERY_OVERRIDES, SOCKET_TIMEOUT
-from cluster.wire import ending
+from cluster.wire import ending, keys
 from cluster.wire.secret import broker_url, password
 
 if TYPE_CHECKING:
+    from redis import Redis
+
     from cluster.wire.backend import Backend
 
 #: The user's, with defaults that lose no task, and show what one prints; only a worker heeds
@@ -190,6 +192,18 @@ class Binding:
         """The environment's overrides as they were: a module that reads them as it is imported
         must find them in a worker, too."""
         return dict(self._aside)
+
+    def count_undone(self, client: Redis) -> int:
+        """How many messages are in the app's queues, or held by workers that are no more.
+
+        Args:
+            client: of the broker.
+        """
+        with self.app.connection_for_write() as connection:
+            channel = connection.default_channel
+            waiting = sum(int(channel._size(queue)) for queue in self.app.amqp.queues)
+        nodes = cast("list[bytes]", client.hkeys(keys.WORKERS))
+        return waiting + sum(client.hlen(keys.unacked(node.decode())) for node in nodes)
 
     def end(self, why: ClusterError) -> None:
         """From now on, whoever sends a task, waits for a result or asks for one gets ``why``."""

@@ -69,10 +69,10 @@ LOOK_EVERY = 0.02
 LOGS_SHOWN = 5
 LOG_TAIL = 30
 
-#: What a result raises that hadn't come by then.
+#: What a result raises that hadn't been fetched by then.
 STOPPED = ClusterError(
-    "The cluster has been stopped before this result came. Get results before you leave the with "
-    "block or call stop()."
+    "The cluster has been stopped, and results that weren't fetched before are gone with it. Get "
+    "them before you leave the with block or call stop()."
 )
 
 
@@ -263,6 +263,8 @@ class Cluster:
         return self.status()._repr_html_()
 
     def __enter__(self) -> Self:
+        if self._state in (State.STOPPING, State.STOPPED):
+            raise StateError(f"{self!r} can't be used again. Start another one.")
         return self
 
     def __exit__(
@@ -349,7 +351,8 @@ class Cluster:
         if verdict is Verdict.ENOUGH:
             warnings.warn(
                 f"Only {ready} of {plan.workers} workers were ready after {elapsed:.1f} s; going "
-                f"on with them (minimum={plan.minimum}). Later ones join as they come.",
+                f"on with them (minimum={plan.minimum}). "
+                + ("Later ones join as they come." if self._supervisor.coming else "No more come."),
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -430,7 +433,10 @@ class Cluster:
             reasons = sorted({seat.status.reason for seat in failed})
             why = f"{len(failed)} failed: {'; '.join(reasons)}."
         elif coming:
-            why = "The others are still starting; what they wrote so far, if anything, follows."
+            why = (
+                f"{coming} were still starting: importing the app, say. If they need longer, give "
+                "them more seconds: timeout=…"
+            )
         else:
             why = "No more are starting."
         shown: Sequence[WorkerRef] = [seat.ref for seat in failed] or list(statuses)
@@ -500,8 +506,9 @@ class Cluster:
         """End the workers and the broker, and put the app back as it was. Idempotent.
 
         Workers take no new task, and get ``timeout`` seconds to finish those
-        that run. Results that aren't there by then never come: asking for one
-        raises :class:`ClusterError`.
+        that run. Tasks that aren't done by then are dropped, which is logged, and
+        results are gone: asking for one that wasn't fetched before raises
+        :class:`ClusterError`.
 
         Args:
             timeout: seconds for running tasks.
@@ -560,6 +567,28 @@ class Cluster:
                 time.sleep(LOOK_EVERY)
         launcher.terminate(roster.unfinished, reason="the cluster is stopping")
         roster.described(launcher.describe(roster.unfinished))
+        if told and supervisor.failure is None:  # else that has been said, and why
+            self._say_what_is_dropped()
+
+    def _say_what_is_dropped(self) -> None:
+        """Who leaves without having waited for the results should know what that meant."""
+        from redis.exceptions import RedisError
+
+        from cluster.wire.ledger import CONNECTION_ERRORS
+
+        assert self._client is not None and self._binding is not None
+        try:
+            undone = self._binding.count_undone(self._client)
+        except (*CONNECTION_ERRORS, RedisError) as error:
+            logger.warning("What wasn't done can't be counted (%s).", error)
+            return
+        if undone:
+            logger.warning(
+                "The cluster was stopped with %d task%s not done: dropped. Get the results first, "
+                "or wait for them.",
+                undone,
+                "" if undone == 1 else "s",
+            )
 
     def _tell_workers(self, grace: float) -> bool:
         """Tell the workers that it is over; false if the broker can't."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from cluster import tables
 
@@ -175,6 +176,10 @@ class ClusterStatus:
 
     def __str__(self) -> str:
         return "\n".join([self._head, *([tables.text(self._rows)] if self.workers else [])])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """IPython shows it as it prints."""
+        printer.text(str(self))
 
     def _repr_html_(self) -> str:
         return tables.as_html(self._head, self._rows)

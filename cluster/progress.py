@@ -42,7 +42,7 @@ class Display:
     def show(self, text: str, *, timing: str = "") -> None:
         """The line now. ``timing`` changes all the time: by itself it is no news."""
         if self._status is not None:
-            self._status.update(f"{text} {timing}".rstrip())
+            self._status.update(f"{text}, {timing}" if timing else text)
         elif self._console is not None and text != self._last:
             self._console.print(text, markup=False)
         self._last = text

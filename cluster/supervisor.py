@@ -323,8 +323,10 @@ class Supervisor(threading.Thread):
             lines = self._launcher.logs(seat.ref, tail=LOG_TAIL)
             self.fail(
                 WorkerLost(
-                    "No worker is left, and none is started any more because too many ended. "
-                    f"The last was {seat.ref.id}: {seat.status.reason}.\n" + "\n".join(lines)
+                    "No worker is left, and none is started any more: "
+                    + ("too many ended. " if seat.status.retryable else "it would end alike. ")
+                    + f"The last was {seat.ref.id}: {seat.status.reason}.\n"
+                    + "\n".join(lines)
                 )
             )
 

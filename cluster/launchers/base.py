@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,9 @@ from cluster.model import Finding, LauncherDefaults, Reach, WorkerRef, WorkerSpe
 
 #: Packages offer launchers under this entry-point group.
 GROUP = "cluster.launchers"
+
+#: What ``cluster.start`` takes besides: whoever mistypes one of these comes here, too.
+START_ARGUMENTS = ("workers", "minimum", "app", "launcher", "timeout", "progress")
 
 #: What platforms put into a container's environment, the most special first.
 #: https://docs.aws.amazon.com/batch/latest/userguide/job_env_vars.html
@@ -139,7 +142,7 @@ def make(launcher: str | Launcher, options: Mapping[str, Any]) -> Launcher:
         point = available().get(launcher)
         if point is None:
             raise ConfigurationError(
-                f"There is no launcher {launcher!r}{_meant(launcher, available())}. "
+                f"There is no launcher {launcher!r}{_meant(launcher, tuple(available()))}. "
                 f"Available: {', '.join(available())}."
             )
         return _with_options(launcher, point.load(), options)
@@ -172,7 +175,8 @@ def _explain(name: str, schema: type[BaseModel], error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         option, value = ".".join(map(str, problem["loc"])), problem["input"]
         if problem["type"] == "extra_forbidden":
-            problems.append(f"there is no option {option!r}{_meant(option, known)}")
+            meant = _meant(option, (*known, *START_ARGUMENTS))
+            problems.append(f"there is no option {option!r}{meant}")
         elif problem["type"] == "value_error":
             problems.append(f"{option}: {problem['ctx']['error']}")
         elif option in known and option != "environment":
@@ -183,6 +187,7 @@ def _explain(name: str, schema: type[BaseModel], error: ValidationError) -> str:
     return f"The launcher {name!r} can't use this: {'; '.join(problems)}. It takes {takes}."
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, 1)
+def _meant(name: str, known: Sequence[str]) -> str:
+    close = [one for one in known if one.startswith(name.lower())]
+    close = close or difflib.get_close_matches(name.lower(), known, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -71,7 +71,8 @@ class LocalOptions(BaseModel):
     @field_validator("loglevel", mode="before")
     @classmethod
     def _in_capitals(cls, loglevel: Any) -> Any:
-        return loglevel.upper() if isinstance(loglevel, str) else loglevel
+        known = isinstance(loglevel, str) and loglevel.upper() in logging.getLevelNamesMapping()
+        return loglevel.upper() if known else loglevel
 
     @field_validator("environment")
     @classmethod

@@ -71,8 +71,14 @@ def refuse_start(*_: object, **__: object) -> NoReturn:
     Raises:
         StateError: always.
     """
+    from celery import current_task
+
+    if current_task:
+        raise StateError(
+            f"cluster.start was called in the task {current_task.name}, and no worker starts a "
+            "cluster. Start it in the program that sends the tasks."
+        )
     raise StateError(
-        f"cluster.start was called inside a worker ({_node}). When a worker imports your "
-        "script, it must not start a cluster of its own: put the call under if __name__ == "
-        '"__main__":.'
+        "cluster.start was called inside a worker. When a worker imports your script, it must "
+        'not start a cluster of its own: put the call under if __name__ == "__main__":.'
     )

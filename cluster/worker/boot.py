@@ -86,13 +86,25 @@ def _run(settings: WorkerSettings) -> int:
     try:
         app = appref.import_app(ref)
     except (Exception, SystemExit):  # noqa: BLE001 (it is the user's code)
-        traceback.print_exc()
+        _print_users_part_of_traceback()
         print(f"The app can't be imported from {ref.script or ref.home}.", file=sys.stderr)
         return ExitCode.IMPORT_FAILED
     for name in CELERY_OVERRIDES:  # they would beat what comes now
         os.environ.pop(name, None)
     binding.bind_worker(app, endpoint)
     return _serve(app, settings, node, drain)
+
+
+def _print_users_part_of_traceback() -> None:
+    """Without the frames, ours and the import system's, that come before the user's."""
+    error = sys.exception()
+    assert error is not None
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(
+        ("cluster.", "importlib")
+    ):
+        trace = trace.tb_next
+    traceback.print_exception(error.with_traceback(trace or error.__traceback__))
 
 
 def _serve(app: Celery, settings: WorkerSettings, node: str, drain: Drain) -> int:

@@ -439,6 +439,41 @@ def test_a_temporary_directory_may_have_any_name(tmp_path: Path, monkeypatch):
     assert not list(directory.iterdir())
 
 
+SLOW_DISK = """
+import time
+from importlib.machinery import SourceFileLoader
+get_code = SourceFileLoader.get_code
+def slowly(self, name):
+    if name == "encodings.idna":
+        time.sleep(0.3)
+    return get_code(self, name)
+SourceFileLoader.get_code = slowly
+"""
+
+
+def test_a_slow_disk_hangs_no_task(tmp_path: Path, run_script, monkeypatch):
+    """What the watchdog's first connection imports takes long. A child forked meanwhile had the
+    lock of that module for ever, and hung as it stored its first result."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    script = write(tmp_path / "slow.py", SCRIPT)
+    assert run_script(script, timeout=40).returncode == 0
+
+
+def test_what_is_dropped_at_the_end_is_said(caplog, tmp_path: Path, eventually):
+    """One task that runs and is cut off, and those that wait."""
+    log = tmp_path / "log"
+    with cluster.start(1, app=app) as c:
+        wait_for.delay(str(tmp_path / "never"), str(log))
+        eventually(log.exists, "the task runs")
+        for number in range(4):
+            add.apply_async((number, 1), priority=number)
+        c.stop(timeout=0)
+    assert "stopped with 5 tasks not done: dropped" in caplog.text
+    with pytest.raises(cluster.StateError, match="can't be used again"), c:
+        pass
+
+
 FORKS = """
 import threading
 from celery import Celery

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from celery import Celery
 
@@ -27,7 +29,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch):
 
 def test_in_a_worker_it_is_refused(monkeypatch):
     monkeypatch.setattr(identity, "_node", "n1@h")
-    with pytest.raises(cluster.StateError, match=r"inside a worker \(n1@h\).*__main__"):
+    with pytest.raises(cluster.StateError, match="inside a worker.*__main__"):
         cluster.start(1, app=app)
 
 
@@ -108,3 +110,10 @@ def test_the_installed_launchers_are_launchers():
         made = base.make(name, {})
         assert isinstance(made, base.Launcher)
         assert made.name == name == point.name
+
+
+def test_a_mistyped_argument_of_start_is_recognised():
+    arguments = [*inspect.signature(manager.start).parameters][:-1]
+    assert list(base.START_ARGUMENTS) == arguments
+    with pytest.raises(cluster.ConfigurationError, match="did you mean 'minimum'"):
+        cluster.start(1, app=app, minimun=1)
