@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from sampleapp import (
     add,
@@ -219,6 +220,9 @@ def test_a_worker_too_busy_to_come_back_at_once_is_not_dead(tmp_path: Path, even
         already = asked()
         os.kill(pid, signal.SIGSTOP)
         try:
+            # Its threads go on until one of them has met the signal.
+            stopped = psutil.STATUS_STOPPED
+            eventually(lambda: psutil.Process(pid).status() == stopped, "it has stopped")
             c._client.client_kill_filter(_id=watchdog)
             eventually(lambda: asked() >= already + 2, "the guardian has looked at it twice")
             assert c._client.hlen(keys.FENCED) == 0
