@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from cluster._version import __version__
 from cluster.errors import (
     BrokerError,
+    BrokerFull,
     BrokerLost,
     BrokerStartError,
     ClusterError,
     ConfigurationError,
     LaunchError,
+    MessageTooLarge,
     StateError,
     VersionMismatch,
     WorkerLost,
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokerError",
+    "BrokerFull",
     "BrokerLost",
     "BrokerStartError",
     "Cluster",
     "ClusterError",
     "ConfigurationError",
     "LaunchError",
+    "MessageTooLarge",
     "StateError",
     "VersionMismatch",
     "WorkerLost",

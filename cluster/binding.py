@@ -63,7 +63,7 @@ CLIENT_DEFAULTS: Mapping[str, Any] = {
 }
 
 #: Ours, inside ``broker_transport_options``. kombu has no time-outs by default; the keys are
-#: the cluster's own, and so is the book-keeping.
+#: the cluster's own, and so is the book-keeping. Limits are added (:func:`_ours`).
 TRANSPORT_OPTIONS: Mapping[str, Any] = {
     "socket_timeout": SOCKET_TIMEOUT,
     "socket_connect_timeout": SOCKET_TIMEOUT,
@@ -115,7 +115,7 @@ def set_defaults() -> None:
 # -- in both: ours always --------------------------------------------------------------
 
 
-def _ours(app: celery.Celery, endpoint: Endpoint) -> Mapping[str, Any]:
+def _ours(app: celery.Celery, endpoint: Endpoint, **limits: int) -> Mapping[str, Any]:
     url = broker_url(endpoint.host, endpoint.port, endpoint.secret)
     return {
         "broker_url": url,
@@ -126,14 +126,18 @@ def _ours(app: celery.Celery, endpoint: Endpoint) -> Mapping[str, Any]:
         "broker_transport_options": {
             **(app.conf.broker_transport_options or {}),
             **TRANSPORT_OPTIONS,
+            **{f"cluster_{name}": limit for name, limit in limits.items()},
         },
         "result_backend": f"{_BACKEND}+{url}",
     }
 
 
-def bind_worker(app: celery.Celery, endpoint: Endpoint) -> None:
+def bind_worker(
+    app: celery.Celery, endpoint: Endpoint, *, max_deliveries: int, message_limit: int
+) -> None:
     """In a worker: for the process's life."""
-    app.conf.update(_ours(app, endpoint))
+    limits = {"max_deliveries": max_deliveries, "message_limit": message_limit}
+    app.conf.update(_ours(app, endpoint, **limits))
     app.conf.worker_enable_remote_control = True  # a ping is how the manager knows it is ready
     app.backend_cls = app.conf.result_backend
     _swap_caches(app, _Caches())
@@ -145,6 +149,7 @@ class Binding:
     Args:
         app: the app.
         endpoint: the broker.
+        message_limit: bytes that one message may have.
 
     Raises:
         StateError: it is bound to another cluster.
@@ -155,8 +160,9 @@ class Binding:
     _aside: ClassVar[dict[str, str]] = {}  # the environment's overrides, while any is bound
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, app: celery.Celery, endpoint: Endpoint) -> None:
+    def __init__(self, app: celery.Celery, endpoint: Endpoint, message_limit: int) -> None:
         self.app = app
+        self._message_limit = message_limit
         with self._lock:
             check_unbound(app)
             for name in CELERY_OVERRIDES:
@@ -179,7 +185,7 @@ class Binding:
         conf = self.app.conf
         values = {
             **{key: value for key, value in CLIENT_DEFAULTS.items() if not conf.value_set_for(key)},
-            **_ours(self.app, endpoint),
+            **_ours(self.app, endpoint, message_limit=self._message_limit),
         }
         changes = conf.maps[0]
         self._before = {key: changes.get(key, _MISSING) for key in values}

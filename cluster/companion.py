@@ -10,7 +10,6 @@ JSON object a line (:mod:`cluster.jsonlines`).
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import selectors
 import subprocess
@@ -20,7 +19,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
 
 from cluster.interpreter import module_command, module_environment, original_python_path
 
@@ -29,6 +27,9 @@ _LOOK_EVERY = 1.0
 
 #: Bytes to read at once.
 _CHUNK = 65536
+
+#: Parts of a silence that are waited for one after the other.
+_PARTS = 5
 
 
 class Companion:
@@ -40,6 +41,7 @@ class Companion:
         environment: variables to add to this process's.
         on_line: called with each line it says, in a thread of its own.
         on_end: called after the last, in that thread.
+        patience: seconds of silence after which it is killed. Default: it need not say anything.
 
     Raises:
         OSError: no process can be started.
@@ -53,6 +55,7 @@ class Companion:
         environment: Mapping[str, str],
         on_line: Callable[[bytes], None],
         on_end: Callable[[], None],
+        patience: float | None = None,
     ) -> None:
         with log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -68,8 +71,10 @@ class Companion:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin = self._process.stdin
         os.set_blocking(self._stdin.fileno(), False)
-        self._stdout = io.BufferedReader(cast("io.FileIO", self._process.stdout))
+        self._stdout = self._process.stdout
         self._on_line, self._on_end = on_line, on_end
+        self._patience = patience
+        self.hung = False  # it was silent for too long
         _with_a_pipe.add(self)
         self._reader = threading.Thread(target=self._read, name=f"{module}-events", daemon=True)
         self._reader.start()
@@ -94,10 +99,6 @@ class Companion:
                 return False
         return True
 
-    def wait(self) -> int:
-        """Wait until it has ended; returns its exit code."""
-        return self._process.wait()
-
     def end(self, timeout: float) -> int:
         """Let it end, or kill it after ``timeout`` seconds; returns its exit code. Idempotent."""
         _with_a_pipe.discard(self)
@@ -109,17 +110,32 @@ class Companion:
             self._process.wait()
         if threading.current_thread() is not self._reader:
             self._reader.join()
-            self._stdout.close()
         return self._process.returncode
 
     def _read(self) -> None:
+        rest = b""
         try:
-            for line in self._stdout:
-                # The last may be cut off; what isn't ours, a sitecustomize has printed.
-                if line.startswith(b"{") and line.endswith(b"\n"):
-                    self._on_line(line)
+            while chunk := self._next_chunk():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"{"):  # else a sitecustomize has printed it
+                        self._on_line(line)
         finally:
             self._on_end()
+            self._stdout.close()
+
+    def _next_chunk(self) -> bytes:
+        """What it says next; nothing if it has ended."""
+        if self._patience is not None and not self._says_something(self._patience):
+            self.hung = True
+            self._process.kill()
+        return os.read(self._stdout.fileno(), _CHUNK)
+
+    def _says_something(self, patience: float) -> bool:
+        # In parts: after a pause of this machine one would be over before it can speak.
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stdout, selectors.EVENT_READ)
+            return any(selector.select(patience / _PARTS) for _ in range(_PARTS))
 
     def close_in_child(self) -> None:
         """In a process that the manager forked: hold no copy of the pipe's end."""

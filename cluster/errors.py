@@ -5,8 +5,10 @@
     ClusterError
     ├── ConfigurationError   (also a ValueError)    a bad argument or setting; nothing was started
     ├── StateError           (also a RuntimeError)  not possible in the cluster's present state
+    ├── MessageTooLarge      (also a ValueError)    arguments or a result beyond the limit
     ├── BrokerError
     │   ├── BrokerStartError                        the broker didn't come up
+    │   ├── BrokerFull                              there is no room for another message
     │   └── BrokerLost                              the broker is gone and can't come back
     ├── LaunchError                                 the platform refused or failed to start workers
     ├── WorkersNotReady      (also a TimeoutError)  too few workers at the deadline
@@ -14,13 +16,14 @@
     └── WorkerLost                                  a task kills its workers, or none are left
 
 Data travels as attributes; the message is for people and says what to do.
-An exception that a task's result carries (``WorkerLost``, ``BrokerLost``) can
-be rebuilt from its message alone, since that is all Celery's result keeps.
+An exception that a task's result carries (``WorkerLost``, ``BrokerFull``,
+``MessageTooLarge``) can be rebuilt from its ``args``, as JSON has them, since
+that is all Celery's result keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,11 +31,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokerError",
+    "BrokerFull",
     "BrokerLost",
     "BrokerStartError",
     "ClusterError",
     "ConfigurationError",
     "LaunchError",
+    "MessageTooLarge",
     "StateError",
     "VersionMismatch",
     "WorkerLost",
@@ -52,8 +57,27 @@ class StateError(ClusterError, RuntimeError):
     """The call isn't possible in the present state."""
 
 
+class MessageTooLarge(ClusterError, ValueError):
+    """A task's arguments, or its result, are too large to be sent through the broker.
+
+    ``size`` and ``limit`` are in bytes. Nothing was sent.
+    """
+
+    def __init__(self, message: str, size: int = 0, limit: int = 0) -> None:
+        super().__init__(message, size, limit)
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class BrokerError(ClusterError):
     """Something about the broker."""
+
+
+class BrokerFull(BrokerError):
+    """The broker has no room for another message. It wasn't sent; later it may be."""
 
 
 class BrokerStartError(BrokerError):
@@ -130,7 +154,24 @@ class VersionMismatch(ClusterError):
 
 
 class WorkerLost(ClusterError):
-    """A task took its workers with it again and again, or no worker is left to run it."""
+    """A task took its workers with it again and again, or no worker is left to run it.
+
+    ``deaths`` says who died, and how: pairs of a node name and words. ``logs``
+    holds their last lines.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        deaths: Iterable[Sequence[str]] = (),
+        logs: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.deaths = tuple((node, how) for node, how in deaths)
+        self.logs = {worker: tuple(lines) for worker, lines in (logs or {}).items()}
+        super().__init__(message, self.deaths, self.logs)
+
+    def __str__(self) -> str:
+        return _with_log(self.args[0], self.logs)
 
 
 def _with_log(message: str, logs: Mapping[str, Sequence[str]]) -> str:

@@ -306,6 +306,7 @@ class Cluster:
                 secret=new_secret(),
                 directory=directory,
                 workers=plan.workers,
+                limits=plan.limits,
                 on_event=self._on_event,
             )
         except BaseException:
@@ -319,11 +320,12 @@ class Cluster:
         endpoint = self._broker.wait()
         self._client = connect(endpoint, SOCKET_TIMEOUT)
         self._client.set(keys.MANAGER, encode(plan.side))
-        self._binding = Binding(plan.app, endpoint)
+        self._binding = Binding(plan.app, endpoint, plan.limits.message_limit)
         self._supervisor = Supervisor(
             launcher=plan.launcher,
             spec=self._with_broker(spec, endpoint, self._binding),
             wanted=plan.workers,
+            patience=plan.timeout,
             client=self._client,
             binding=self._binding,
             side=plan.side,
@@ -333,6 +335,8 @@ class Cluster:
         )
         if self._lost is not None:
             raise self._lost  # while there was nobody to tell
+        if plan.workers == 0:
+            self._broker.watch()  # others watch once one of theirs is ready
         self._supervisor.launch(plan.workers)
         self._supervisor.start()
         verdict = self._wait(
@@ -370,6 +374,10 @@ class Cluster:
                 "CLUSTER_ID": self._id,
                 "CLUSTER_APP": self._plan.ref.to_json(),
                 "CLUSTER_VERSION": __version__,
+                "CLUSTER_LIVENESS_TIMEOUT": str(self._plan.limits.liveness_timeout),
+                "CLUSTER_ORPHAN_TIMEOUT": str(self._plan.limits.orphan_timeout),
+                "CLUSTER_MAX_DELIVERIES": str(self._plan.limits.max_deliveries),
+                "CLUSTER_MESSAGE_LIMIT": str(self._plan.limits.message_limit),
                 **self._plan.ref.environment,
             },
         )

@@ -101,6 +101,24 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How long to wait for a sign of life, and how much there may be of something.
+
+    ``liveness_timeout``: seconds after which who is silent counts as dead.
+    ``orphan_timeout``: seconds after which a worker ends that doesn't reach the broker.
+    ``max_deliveries``: how often a task's process may die.
+    ``broker_memory``: bytes for queued tasks and results.
+    ``message_limit``: bytes for one of them.
+    """
+
+    liveness_timeout: float
+    orphan_timeout: float
+    max_deliveries: int
+    broker_memory: int
+    message_limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """Where the broker must listen so that a launcher's workers reach it."""
 

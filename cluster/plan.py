@@ -16,13 +16,21 @@ from celery import Celery
 
 from cluster.appref import AppRef, find_app, locate, task_names
 from cluster.binding import check_unbound
+from cluster.broker.memory import available
 from cluster.broker.server import Server, find_server
 from cluster.errors import ConfigurationError
 from cluster.launchers import base
 from cluster.launchers.base import Launcher
 from cluster.mismatch import Side
-from cluster.model import Severity
-from cluster.settings import manager_settings
+from cluster.model import Limits, Severity
+from cluster.settings import (
+    BROKER_MEMORY_AT_LEAST,
+    MESSAGE_AT_MOST,
+    MESSAGE_LIMIT,
+    MESSAGES_IN_MEMORY,
+    ManagerSettings,
+    manager_settings,
+)
 from cluster.versions import versions
 from cluster.wire import identity
 
@@ -42,6 +50,7 @@ class Plan:
     workers: int
     minimum: int
     timeout: float  # seconds
+    limits: Limits
 
 
 def make_plan(
@@ -102,6 +111,29 @@ def make_plan(
         workers=wanted,
         minimum=least,
         timeout=limit,
+        limits=_limits(settings),
+    )
+
+
+def _limits(settings: ManagerSettings) -> Limits:
+    memory = settings.broker_memory or max(available() // 2, BROKER_MEMORY_AT_LEAST)
+    if memory < BROKER_MEMORY_AT_LEAST:
+        raise ConfigurationError(
+            f"CLUSTER_BROKER_MEMORY is {memory} bytes, and a broker needs "
+            f"{BROKER_MEMORY_AT_LEAST // 2**20}MiB at least."
+        )
+    most = min(MESSAGE_AT_MOST, memory // MESSAGES_IN_MEMORY)
+    if settings.message_limit > most:
+        raise ConfigurationError(
+            f"CLUSTER_MESSAGE_LIMIT is {settings.message_limit} bytes, and {most} is the most: a "
+            f"quarter of the broker's memory (CLUSTER_BROKER_MEMORY), and no more than 512MiB."
+        )
+    return Limits(
+        liveness_timeout=settings.liveness_timeout,
+        orphan_timeout=settings.orphan_timeout,
+        max_deliveries=settings.max_deliveries,
+        broker_memory=memory,
+        message_limit=settings.message_limit or min(MESSAGE_LIMIT, most),
     )
 
 

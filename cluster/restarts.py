@@ -12,14 +12,16 @@ class Restarts:
     Args:
         limit: how many within ``window``.
         window: seconds.
-        first: seconds to wait before the second in a row; the first is at once.
+        first: seconds to wait before the first that isn't at once.
         longest: seconds that a wait grows to by doubling.
+        at_once: how many in a row aren't waited for.
     """
 
     limit: int
     window: float
     first: float = 0.1
     longest: float = 5.0
+    at_once: int = 1
     _at: list[float] = field(default_factory=list)
 
     def next(self, now: float) -> float | None:
@@ -29,4 +31,10 @@ class Restarts:
         if done >= self.limit:
             return None
         self._at.append(now)
-        return 0.0 if done == 0 else min(self.first * 2 ** (done - 1), self.longest)
+        if done < self.at_once:
+            return 0.0
+        return min(self.first * 2.0 ** min(done - self.at_once, 30), self.longest)
+
+    def forget(self) -> None:
+        """It works again: the next is the first."""
+        self._at.clear()

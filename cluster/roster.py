@@ -22,8 +22,13 @@ class Seat:
     ref: WorkerRef
     status: WorkerStatus = _ACCEPTED
     node: str = ""
-    ready: bool = False
+    ready_since: float | None = None
     gone: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has answered a ping, be it gone or not."""
+        return self.ready_since is not None
 
 
 class Roster:
@@ -45,12 +50,12 @@ class Roster:
             if seat.ref.id == registration.worker and not seat.gone:
                 seat.node = registration.node
 
-    def answered(self, nodes: Iterable[str]) -> None:
+    def answered(self, nodes: Iterable[str], now: float) -> None:
         """These nodes have answered a ping."""
         for node in nodes:
-            seat = self._by_node(node)
-            if seat is not None and not seat.gone:
-                seat.ready = True
+            seat = self.of(node)
+            if seat is not None and not seat.ready and not seat.gone:
+                seat.ready_since = now
 
     def described(self, statuses: Mapping[WorkerRef, WorkerStatus]) -> list[Seat]:
         """What the platform says; returns those that it thereby learns are gone."""
@@ -65,7 +70,7 @@ class Roster:
 
     def lost(self, node: str) -> Seat | None:
         """The guardian declared this node dead; returns its seat if that is news."""
-        seat = self._by_node(node)
+        seat = self.of(node)
         if seat is None or seat.gone:
             return None
         seat.gone = True
@@ -137,7 +142,8 @@ class Roster:
             for seat in self._seats.values()
         )
 
-    def _by_node(self, node: str) -> Seat | None:
+    def of(self, node: str) -> Seat | None:
+        """The seat of the worker with this node name."""
         for seat in self._seats.values():
             if seat.node == node:
                 return seat

@@ -7,6 +7,7 @@ the *worker* it starts.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +19,27 @@ from cluster.errors import ConfigurationError
 #: A worker ends itself this many seconds after it last reached the broker.
 ORPHAN_TIMEOUT = 30.0
 
-#: A worker that doesn't come back within this many seconds after the broker
-#: was restarted is taken for dead.
+#: Who has given no sign of life for this many seconds is taken for dead: a worker that is
+#: frozen or cut off, a broker that hangs, a guardian.
 LIVENESS_TIMEOUT = 10.0
 
-#: A message is handed out at most this often before its task is given up.
+#: Signs of life that a worker gives in that time.
+BEATS = 5
+
+#: A task whose process has died this often is given up.
 MAX_DELIVERIES = 3
+
+#: Bytes that one message or result may have: what Redis takes, and what is still sensible to
+#: send through one.
+#: https://redis.io/docs/latest/operate/oss_and_stack/management/config/ (proto-max-bulk-len)
+MESSAGE_AT_MOST = 512 * 2**20
+MESSAGE_LIMIT = 64 * 2**20
+
+#: Bytes that a broker needs at least, empty and with its connections.
+BROKER_MEMORY_AT_LEAST = 32 * 2**20
+
+#: Of the broker's memory, the part that one message may take.
+MESSAGES_IN_MEMORY = 4
 
 #: Seconds that running tasks get to finish when a cluster stops.
 STOP_TIMEOUT = 3.0
@@ -38,6 +54,41 @@ DRAIN_GRACE = 20.0
 SOCKET_TIMEOUT = 5.0
 
 
+def _json(text: str) -> Any:
+    return json.loads(text)
+
+
+def _bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    if not text:
+        return 0
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(str(text)))
+    except ValidationError:
+        raise ValueError("give a size such as 500MB or 2GiB") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 1):
+        raise ValueError("give a number of seconds, 1 or more")
+    return number
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError("give a whole number, 1 or more")
+    return number
+
+
 @environ.config(prefix="CLUSTER", frozen=True)
 class ManagerSettings:
     """What a user may set around the process that calls ``cluster.start``."""
@@ -48,10 +99,29 @@ class ManagerSettings:
     broker_server: str = environ.var(
         default="", help="path of the redis-server or valkey-server to use"
     )
-
-
-def _json(text: str) -> Any:
-    return json.loads(text)
+    #: The broker's memory in bytes; 0: half of what this process may use.
+    broker_memory: int = environ.var(
+        default=0, converter=_bytes, help="memory for queued tasks and results, such as 2GiB"
+    )
+    #: The size of one message or result in bytes; 0: as fits the broker's memory.
+    message_limit: int = environ.var(
+        default=0, converter=_bytes, help="the largest message or result, such as 100MiB"
+    )
+    liveness_timeout: float = environ.var(
+        default=LIVENESS_TIMEOUT,
+        converter=_seconds,
+        help="seconds without a sign of life after which a worker or the broker counts as dead",
+    )
+    orphan_timeout: float = environ.var(
+        default=ORPHAN_TIMEOUT,
+        converter=_seconds,
+        help="seconds without the broker after which a worker ends itself",
+    )
+    max_deliveries: int = environ.var(
+        default=MAX_DELIVERIES,
+        converter=_positive,
+        help="how often a task's process may die before the task is given up",
+    )
 
 
 @environ.config(prefix="CLUSTER", frozen=True)
@@ -76,6 +146,10 @@ class WorkerSettings:
         default=1, converter=int, help="threads for each task's numerical libraries"
     )
     loglevel: str = environ.var(default="WARNING", help="the worker's log level")
+    liveness_timeout: float = environ.var(default=LIVENESS_TIMEOUT, converter=_seconds)
+    orphan_timeout: float = environ.var(default=ORPHAN_TIMEOUT, converter=_seconds)
+    max_deliveries: int = environ.var(default=MAX_DELIVERIES, converter=_positive)
+    message_limit: int = environ.var(default=MESSAGE_LIMIT, converter=int)
 
 
 #: What a worker takes out of its environment once read: a task's own
@@ -95,6 +169,10 @@ WORKER_VARIABLES = tuple(
         "SCRATCH",
         "LOGLEVEL",
         "THREADS",
+        "LIVENESS_TIMEOUT",
+        "ORPHAN_TIMEOUT",
+        "MAX_DELIVERIES",
+        "MESSAGE_LIMIT",
     )
 )
 
@@ -122,10 +200,18 @@ CELERY_OVERRIDES = (
 
 
 def manager_settings(environment: Mapping[str, str] | None = None) -> ManagerSettings:
-    """Read the user's settings."""
-    settings: ManagerSettings = environ.to_config(
-        ManagerSettings, environ=dict(os.environ if environment is None else environment)
-    )
+    """Read the user's settings.
+
+    Raises :class:`ConfigurationError` naming the variable that is unusable.
+    """
+    source = os.environ if environment is None else environment
+    given = {name: text for name, text in source.items() if text and name.startswith("CLUSTER_")}
+    for name, text in given.items():
+        try:
+            environ.to_config(ManagerSettings, environ={name: text})
+        except ValueError as error:
+            raise ConfigurationError(f"{name}={text}: {error}.") from error
+    settings: ManagerSettings = environ.to_config(ManagerSettings, environ=given)
     return settings
 
 

@@ -10,14 +10,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from celery.app.task import Context
 from kombu.exceptions import OperationalError
 from redis.exceptions import ResponseError
 
+from cluster.attention import Attention
 from cluster.binding import Binding
-from cluster.broker.messages import Dead, Event, Restarted
+from cluster.broker.messages import Dead, Event, Full, Restarted, Room
 from cluster.errors import ClusterError, LaunchError, WorkerLost
 from cluster.launchers.base import Launcher
 from cluster.mismatch import Mismatches, Side
@@ -47,8 +48,28 @@ END_TIMEOUT = 10.0
 #: Registrations taken in one turn.
 AT_ONCE = 1000
 
-#: Lines of a lost worker's log that go into an error.
+#: Lines of a lost worker's log that go into an error, into that of a task and from each of its
+#: workers, and the characters of a line there: it becomes the task's result.
 LOG_TAIL = 30
+TASK_LOG_TAIL = 15
+LINE_AT_MOST = 300
+
+#: The last workers that an error names where none is left.
+LAST_SHOWN = 10
+
+#: Seconds for a platform to say how a worker ended, before a task is failed without.
+EXITS_KNOWN_WITHIN = 2.0
+
+#: What a full broker means, and what to do.
+SENDERS_REFUSED = (
+    "New tasks are refused with BrokerFull until there is room: get results, or give it more "
+    "memory by CLUSTER_BROKER_MEMORY."
+)
+ALL_REFUSED = (
+    "Results are refused as well, and workers wait until there is room: get results that are "
+    "there, set ignore_result=True where nobody asks for them, or give it more memory by "
+    "CLUSTER_BROKER_MEMORY."
+)
 
 
 class Supervisor(threading.Thread):
@@ -58,6 +79,7 @@ class Supervisor(threading.Thread):
         launcher: runs the workers.
         spec: what they boot from.
         wanted: how many there should be.
+        patience: seconds to wait for one to become ready where none is any more.
         client: of the broker; this thread's own.
         binding: the app, bound.
         side: what the manager runs, and workers must, too.
@@ -72,6 +94,7 @@ class Supervisor(threading.Thread):
         launcher: Launcher,
         spec: WorkerSpec,
         wanted: int,
+        patience: float,
         client: Redis,
         binding: Binding,
         side: Side,
@@ -96,7 +119,12 @@ class Supervisor(threading.Thread):
         self._pinger = Pinger(binding.app)
         self._on_failure = on_failure
         self._replacements = Replacements(wanted)
+        self._patience = patience
+        self._attention = Attention(longest=1.0)
+        self._ready_until: float | None = None  # when one was ready for the last time
+        self._buried: list[tuple[Seat, str]] = []  # who is gone, and why, and not judged yet
         self._due: list[float] = []  # when to launch a replacement, one entry each
+        self._given_up_since: float | None = None
         self._to_release: dict[str, str] = {}  # node → why
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -126,7 +154,7 @@ class Supervisor(threading.Thread):
     def coming(self) -> int:
         """Workers that may yet become ready, replacements that are due included."""
         with self.changed:
-            return self.roster.coming + len(self._due)
+            return self.roster.coming + len(self._buried) + len(self._due)
 
     def stop_replacing(self) -> None:
         """From now on, workers that end have been told to."""
@@ -207,14 +235,47 @@ class Supervisor(threading.Thread):
         """Fail the tasks that were handed out too often; each stays listed until that is done."""
         while (entry := self._client.lindex(keys.GIVEN_UP, -1)) is not None:
             given_up = givenup.read(entry, self._binding.app.conf.accept_content)
-            logger.error("%s", given_up)
+            if not self._exits_are_known(given_up):
+                return
+            why = self._explain(given_up)
+            logger.error("%s", why)
             if given_up.request is not None:
-                self._fail_task(given_up.request, str(given_up))
-            self._client.rpop(keys.GIVEN_UP)
+                self._fail_task(given_up.request, why)
+            # By its value: should this be carried out late, the last may be another one.
+            self._client.lrem(keys.GIVEN_UP, -1, cast("str", entry))
+            self._given_up_since = None
 
-    def _fail_task(self, request: Context, why: str) -> None:
+    def _exits_are_known(self, given_up: givenup.GivenUp) -> bool:
+        """Whether the platform has said how the workers ended that died of this task, or has had
+        time to: the broker mostly hears first."""
+        now = self._attention.look(time.monotonic())
+        if self._given_up_since is None:
+            self._given_up_since = now
+        if now - self._given_up_since > EXITS_KNOWN_WITHIN:
+            return True
+        with self.changed:
+            seats = [self.roster.of(node) for node, _ in given_up.deaths]
+            return all(seat is None or not seat.gone or seat.status.final for seat in seats)
+
+    def _explain(self, given_up: givenup.GivenUp) -> WorkerLost:
+        deaths, logs = [], {}
+        for node, how in given_up.deaths:
+            with self.changed:
+                seat = self.roster.of(node)
+            if seat is None:
+                deaths.append((node, how))
+                continue
+            if seat.status.final and not how.startswith(givenup.POOL_PROCESS):
+                how = seat.status.reason  # noqa: PLW2901 (the platform knows better)
+            deaths.append((node, how))
+            if seat.ref.id not in logs:
+                lines = self._launcher.logs(seat.ref, tail=TASK_LOG_TAIL)
+                logs[seat.ref.id] = [line[:LINE_AT_MOST] for line in lines]
+        return WorkerLost(given_up.explain(deaths), deaths, logs)
+
+    def _fail_task(self, request: Context, why: WorkerLost) -> None:
         try:
-            self._binding.fail_task(request, WorkerLost(why))
+            self._binding.fail_task(request, why)
         except (*CONNECTION_ERRORS, ClusterError):
             raise  # it stays listed, for when the broker is back
         except Exception:
@@ -228,9 +289,10 @@ class Supervisor(threading.Thread):
             return
         answered = self._pinger.ping(nodes)
         with self.changed:
-            self.roster.answered(answered)
+            self.roster.answered(answered, self._attention.look(time.monotonic()))
             self.changed.notify_all()
         if answered:
+            self._replacements.became_ready()
             self._on_ready()
 
     def _release(self) -> None:
@@ -250,16 +312,25 @@ class Supervisor(threading.Thread):
             except queue.Empty:
                 return
             match event:
-                case Dead(node=node, held=held):
+                case Dead(node=node, held=held, why=why):
                     # In one step: nobody may see a worker gone and none due for it.
                     with self.changed:
                         seat = self.roster.lost(node)
                         if seat is not None:
-                            self._bury(seat, f"its connection is gone; tasks given back: {held}")
+                            self._buried.append((seat, f"{why}; tasks given back: {held}"))
                     if seat is not None:
-                        self._terminate(seat.ref)
+                        self._terminate(seat.ref, why)
                 case Restarted(reason=reason):
                     logger.warning("The broker was restarted (%s); work goes on.", reason)
+                case Full(used=used, memory=memory, all=everything):
+                    logger.warning(
+                        "The broker is full: %d of %d MiB are used. %s",
+                        used // 2**20,
+                        memory // 2**20,
+                        ALL_REFUSED if everything else SENDERS_REFUSED,
+                    )
+                case Room():
+                    logger.warning("There is room in the broker again.")
 
     def _describe(self) -> None:
         with self.changed:
@@ -269,29 +340,39 @@ class Supervisor(threading.Thread):
         statuses = self._launcher.describe(refs)
         with self.changed:
             for seat in self.roster.described(statuses):
-                self._bury(seat, seat.status.reason)
+                self._buried.append((seat, seat.status.reason))
                 if seat.node:
                     self._to_release[seat.node] = seat.status.reason
 
-    def _bury(self, seat: Seat, why: str) -> None:
-        """A worker is gone: see whether another shall come in its place."""
-        if self._ending.is_set():
-            return
-        pause = self._replacements.next(seat.status, was_ready=seat.ready, now=time.monotonic())
-        if pause is None:
-            logger.warning("Worker %s ended (%s). It isn't replaced.", seat.ref.id, why)
-        else:
-            logger.warning("Worker %s ended (%s). Another one starts.", seat.ref.id, why)
+    def _judge_buried(self) -> None:
+        """See whether others shall come in the place of workers that are gone."""
+        with self.changed:
+            buried = tuple(self._buried)
+        for seat, why in buried:
+            try:
+                done = int(self._client.hget(keys.DONE, seat.node) or 0) if seat.node else 0
+            except (*CONNECTION_ERRORS, ResponseError):
+                return  # once the broker is back
+            now = self._attention.look(time.monotonic())
+            since = seat.ready_since
+            pause = self._replacements.next(
+                seat.status, ready_for=None if since is None else now - since, done=done, now=now
+            )
+            what = "It isn't replaced" if pause is None else "Another one starts"
+            logger.warning("Worker %s ended (%s). %s.", seat.ref.id, why, what)
             with self.changed:
-                self._due.append(time.monotonic() + pause)
+                self._buried.remove((seat, why))
+                if pause is not None:
+                    self._due.append(time.monotonic() + pause)
 
-    def _terminate(self, ref: WorkerRef) -> None:
+    def _terminate(self, ref: WorkerRef, why: str) -> None:
         """Fenced, it can do nothing more; it mustn't cost anything either."""
-        self._launcher.terminate([ref], reason="its connection to the broker is gone")
+        self._launcher.terminate([ref], reason=why)
 
     def _replace(self) -> None:
         if self._ending.is_set():
             return
+        self._judge_buried()
         now = time.monotonic()
         due = [at for at in self._due if at <= now]
         if not due:
@@ -308,27 +389,36 @@ class Supervisor(threading.Thread):
 
     def _try_again(self, missing: int) -> None:
         for _ in range(missing):
-            pause = self._replacements.next(REFUSED, was_ready=False, now=time.monotonic())
+            now = self._attention.look(time.monotonic())
+            pause = self._replacements.next(REFUSED, ready_for=None, done=0, now=now)
             if pause is not None:
                 with self.changed:
                     self._due.append(time.monotonic() + max(pause, TURN))
 
     def _judge(self) -> None:
         """With no worker left and none to come, tasks would wait for ever."""
+        now = self._attention.look(time.monotonic())
         with self.changed:
-            seats = self.roster.gone
-            over = bool(seats) and not self.roster.ready and not self.coming
-        if over and self.failure is None:
-            seat = seats[-1]
-            lines = self._launcher.logs(seat.ref, tail=LOG_TAIL)
-            self.fail(
-                WorkerLost(
-                    "No worker is left, and none is started any more: "
-                    + ("too many ended. " if seat.status.retryable else "it would end alike. ")
-                    + f"The last was {seat.ref.id}: {seat.status.reason}.\n"
-                    + "\n".join(lines)
-                )
+            gone, ready, coming = self.roster.gone, self.roster.ready, self.coming
+        if ready:
+            self._ready_until = now
+        if ready or not gone or self.failure is not None:
+            return
+        last = gone[-1]
+        if not coming:
+            why = "too many ended" if last.status.retryable else "it would end alike"
+            said = f"No worker is left, and none is started any more: {why}."
+        elif self._ready_until is not None and now - self._ready_until > self._patience:
+            said = f"No worker has been ready for {self._patience:.0f} s; {coming} are starting."
+        else:
+            return
+        self.fail(
+            WorkerLost(
+                f"{said} The last that ended was {last.ref.id}: {last.status.reason}.",
+                [(seat.node or seat.ref.id, seat.status.reason) for seat in gone[-LAST_SHOWN:]],
+                {last.ref.id: self._launcher.logs(last.ref, tail=LOG_TAIL)},
             )
+        )
 
     def fail(self, why: ClusterError) -> None:
         """The cluster can't go on; the first reason counts. From any thread."""

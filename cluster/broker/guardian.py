@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.broker.messages import Dead, Event, Failed, Order, Restarted, Started
+from cluster.attention import Attention
+from cluster.broker.messages import Alive, Event, Failed, Order, Restarted, Started
 from cluster.broker.server import START_TIMEOUT, answers, configuration, write_configuration
 from cluster.companion import Leash
 from cluster.jsonlines import decode, encode
@@ -33,6 +34,7 @@ from cluster.restarts import Restarts
 from cluster.wire import secret
 
 if TYPE_CHECKING:
+    from cluster.broker.room import Memory
     from cluster.broker.workers import Workers
 
 #: Seconds between looks at the pipe, the server and the workers' connections.
@@ -47,6 +49,18 @@ RESTART_TIMEOUT = 30.0
 
 #: Seconds for one command to the server: the loop must come round to its other duties.
 COMMAND_TIMEOUT = 1.0
+
+#: Seconds between looks at whether the server answers, while nothing else asks it.
+PROBE_EVERY = 1.0
+
+#: Seconds for a turn while the server doesn't answer: some commands' time-outs.
+LONGEST_TURN = 5.0
+
+#: Seconds between words to the manager that we are at work.
+ALIVE_EVERY = 1.0
+
+#: Seconds for the kernel to end the server after SIGKILL.
+KILL_TIMEOUT = 10.0
 
 #: Ports to try when another process was faster in taking the one just found free.
 PORT_ATTEMPTS = 5
@@ -75,8 +89,14 @@ class Guardian:
         self.port = 0
         self.server: subprocess.Popen[bytes] | None = None
         self._leash = leash
-        self._restarts = Restarts(limit=5, window=30.0)
+        # It takes a liveness time-out to see that one hangs.
+        self._restarts = Restarts(limit=5, window=30.0 + 5 * order.liveness_timeout)
         self._workers: Workers | None = None
+        self._memory: Memory | None = None
+        self._attention = Attention(longest=LONGEST_TURN)
+        self._answered = 0.0  # when the server last did
+        self._next_probe = 0.0
+        self._next_word = 0.0
 
     # -- life -----------------------------------------------------------------
 
@@ -92,9 +112,9 @@ class Guardian:
 
     def _start_first(self) -> bool:
         for attempt in range(PORT_ATTEMPTS):
-            self.port = free_port(self.order.host)
+            self.port = self.order.port or free_port(self.order.host)
             try:
-                self._start_server(START_TIMEOUT)
+                self._start_server(RESTART_TIMEOUT if self.order.port else START_TIMEOUT)
             except ServerFailed as error:
                 log = last_lines(self.log, LOG_TAIL)
                 self._end_server()
@@ -116,6 +136,7 @@ class Guardian:
             password=secret.password(self.order.secret),
             directory=self.order.directory,
             workers=self.order.workers,
+            memory=self.order.memory,
         )
         with self.log.open("ab") as log:
             self.server = subprocess.Popen(
@@ -146,26 +167,73 @@ class Guardian:
                 raise ServerFailed(f"{self.order.server} doesn't answer ({last})")
             if self._leash.wait(seconds=FIRST_TICK):
                 raise ServerFailed("the manager is gone")
+            self._say_alive()
 
     def _watch(self) -> None:
+        self._answered = self._attention.look(time.monotonic())
         while not self._leash.wait(seconds=TICK):
             assert self.server is not None
-            if self.server.poll() is not None and not self._restart():
-                return
+            self._say_alive()
             if self._workers is None and self._leash.line() is not None:
-                # What it imports takes as long as a worker to start, so not before.
-                from cluster.broker.workers import Workers
+                self._begin_to_look_after_workers()
+            now = self._attention.look(time.monotonic())
+            if self._server_answers(now):
+                self._answered = now
+            code = self.server.poll()
+            if code is not None:
+                reason = f"it ended with code {code}"
+            elif now - self._answered >= self.order.liveness_timeout:
+                reason = f"it hadn't answered for {self.order.liveness_timeout:g} s"
+            else:
+                continue
+            if not self._restart(reason):
+                return
+            self._answered = self._attention.look(time.monotonic())
 
-                self._workers = Workers(self._endpoint, COMMAND_TIMEOUT)
-            if self._workers is not None:
-                for node, held in self._workers.look():
-                    self._emit(Dead(node, held))
+    def _begin_to_look_after_workers(self) -> None:
+        # What these import takes as long as a worker to start, so not before.
+        from cluster.broker.room import Memory
+        from cluster.broker.workers import Workers
+        from cluster.wire.client import connect
 
-    def _restart(self) -> bool:
+        client = connect(self._endpoint, COMMAND_TIMEOUT)
+        self._memory = Memory(client, self.order.memory)
+        self._workers = Workers(
+            client,
+            patience=self.order.liveness_timeout,
+            max_deliveries=self.order.max_deliveries,
+            timeout=COMMAND_TIMEOUT,
+        )
+        if self.order.port:
+            self._workers.broker_was_away()
+
+    def _server_answers(self, now: float) -> bool:
+        """Do what there is to do with the server, and tell whether it answered."""
+        if self._workers is not None and self._memory is not None:
+            answered, dead = self._workers.look()
+            for event in [*dead, *(self._memory.look(now) if answered else ())]:
+                self._emit(event)
+            return answered
+        if now < self._next_probe:
+            return False
+        self._next_probe = now + PROBE_EVERY
+        try:
+            password = secret.password(self.order.secret)
+            answers(self.order.host, self.port, password, COMMAND_TIMEOUT)
+        except OSError:
+            return False
+        return True
+
+    def _say_alive(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_word:
+            self._next_word = now + ALIVE_EVERY
+            self._emit(Alive())
+
+    def _restart(self, reason: str) -> bool:
         """Start the server again; false if the manager went or the budget is spent."""
-        assert self.server is not None
-        reason = f"it ended with code {self.server.returncode}"
         while True:
+            self._end_server()
             pause = self._restarts.next(time.monotonic())
             if pause is None:
                 self._emit(
@@ -178,11 +246,11 @@ class Guardian:
                 self._start_server(RESTART_TIMEOUT)
             except ServerFailed as error:
                 reason = str(error)
-                self._end_server()
                 if self._leash.gone:
                     return False
                 continue
             break
+        assert self.server is not None
         if self._workers is not None:
             self._workers.broker_was_away()
         self._emit(Restarted(self.server.pid, reason))
@@ -201,7 +269,7 @@ class Guardian:
         # Nothing in it is worth a clean shutdown: its directory goes as well.
         if self.server is not None and self.server.poll() is None:
             self.server.kill()
-            self.server.wait()
+            self.server.wait(KILL_TIMEOUT)
 
     def _emit(self, event: Event) -> None:
         self._leash.say(encode(event))

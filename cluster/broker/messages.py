@@ -19,6 +19,10 @@ class Order:
     secret: str = field(repr=False)
     directory: str  # the run's own; the guardian removes it at the end
     workers: int  # how many to make room for
+    memory: int  # bytes for all that is in it
+    liveness_timeout: float  # seconds
+    max_deliveries: int
+    port: int = 0  # 0: a free one; else there was a server, and its data is in the directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,33 @@ class Restarted:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """A worker's connection is gone; the ``held`` messages it had are back in their queues."""
+    """A worker counts as dead; the ``held`` messages it had are back in their queues."""
 
     node: str
     held: int
+    why: str
 
 
-Event = Started | Failed | Restarted | Dead
+@dataclass(frozen=True, slots=True)
+class Full:
+    """The broker's memory is used up, to a degree at which something is refused."""
+
+    used: int
+    memory: int
+    all: bool  # results as well, not only what is sent from outside of workers
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """There is room in the broker again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The guardian is at work; said again and again, so that its silence means something."""
+
+
+Event = Started | Failed | Restarted | Dead | Full | Room | Alive
 
 #: For :func:`cluster.jsonlines.decode`.
-EVENTS = (Started, Failed, Restarted, Dead)
+EVENTS = (Started, Failed, Restarted, Dead, Full, Room, Alive)

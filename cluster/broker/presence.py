@@ -1,13 +1,19 @@
 """Who is dead? Decided from what the broker says of its connections, without a clock or a call.
 
-Each worker's watchdog subscribes to one common channel and to one of its own.
-While at least as many subscribe to the common one as take part, nobody asks
-further. When fewer do, the missing are those whose own channel has no
+*Missing.* Each worker's watchdog subscribes to one common channel and to one of
+its own. While at least as many subscribe to the common one as take part, nobody
+asks further. When fewer do, the missing are those whose own channel has no
 subscriber. Who is missing at two looks in a row is a suspect.
 
 A process that died has no connection left; one whose subscription alone broke
 has others, which bear its name, and gets time to subscribe again. So has every
 worker after the broker was away.
+
+*Silent.* A process that is stopped, or whose network is cut without a word, keeps
+its connections. But its watchdog says something over its subscription several
+times in a liveness time-out, and the broker knows since when it hasn't.
+
+All times are seconds of :class:`cluster.attention.Attention`.
 """
 
 from __future__ import annotations
@@ -26,18 +32,20 @@ class Presence:
 
     Args:
         patience: seconds that a worker which has a connection may go without
-            its subscription.
+            its subscription, or without a word.
     """
 
     patience: float
     _since: dict[str, float] = field(default_factory=dict)  # when each began to be missing
     _spared: dict[str, float] = field(default_factory=dict)  # until when each is no suspect
+    _quiet: dict[str, float] = field(default_factory=dict)  # when each was first found quiet
 
     def broker_was_away(self, members: Collection[str], now: float) -> None:
         """It was restarted, or didn't answer for a while: any connection may be broken.
         All ``members`` get :attr:`patience` to come back."""
         self._since.clear()
         self._spared = dict.fromkeys(members, now + self.patience)
+        self._quiet.clear()
 
     def must_ask(self, members: int, subscribers: int) -> bool:
         """Whether the counts alone don't show that all are there."""
@@ -48,7 +56,7 @@ class Presence:
 
         Args:
             subscribers: by member's node name.
-            now: in seconds, on one clock for all calls.
+            now: on one clock for all calls.
         """
         missing = {node for node, count in subscribers.items() if count == 0}
         self._spared = {
@@ -73,4 +81,30 @@ class Presence:
             else:
                 del self._since[node]
                 dead.add(node)
+        return dead
+
+    def hear(self, silences: Mapping[str, float], now: float) -> set[str]:
+        """Take in for how long the broker has heard nothing of each member; return who is dead.
+
+        Silence counts that the broker has measured and that lasted while we looked, for half of
+        :attr:`patience` at least: after a pause of the whole machine the broker's measure alone
+        would condemn everybody.
+
+        Args:
+            silences: seconds, by node name, of those that have their subscription.
+            now: as for :meth:`look`.
+        """
+        half = self.patience / 2
+        self._quiet = {
+            node: self._quiet.get(node, now)
+            for node, seconds in silences.items()
+            if seconds >= half
+        }
+        dead = {
+            node
+            for node, since in self._quiet.items()
+            if silences[node] >= self.patience and now - since >= half
+        }
+        for node in dead:
+            del self._quiet[node]
         return dead

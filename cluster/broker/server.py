@@ -122,7 +122,7 @@ def _fit(path: str, ask: Callable[[str], str]) -> Server | str:
 
 
 def configuration(
-    *, host: str, port: int, password: str, directory: str, workers: int
+    *, host: str, port: int, password: str, directory: str, workers: int, memory: int
 ) -> Mapping[str, str]:
     """The server's settings, by https://redis.io/docs/latest/operate/oss_and_stack/management/config/.
 
@@ -132,6 +132,7 @@ def configuration(
         password: what clients must know.
         directory: where its append-only file lies.
         workers: how many workers to make room for.
+        memory: bytes that it may have.
     """
     return {
         "bind": host,
@@ -148,6 +149,7 @@ def configuration(
         "appendonly": "yes",
         "appendfsync": "no",
         # Refuse a write when memory is full; never drop a task.
+        "maxmemory": str(memory),
         "maxmemory-policy": "noeviction",
         # Notice a client that vanished without a word.
         "tcp-keepalive": "10",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
+from redis import Redis
 from redis.exceptions import RedisError
 
+from cluster.attention import Attention
+from cluster.broker.messages import Dead
 from cluster.broker.presence import Presence
-from cluster.model import Endpoint
-from cluster.settings import LIVENESS_TIMEOUT
+from cluster.settings import BEATS
 from cluster.wire import keys
-from cluster.wire.client import connect
 from cluster.wire.registration import announce_over
 from cluster.wire.scripts import Scripts
 
@@ -20,8 +21,11 @@ from cluster.wire.scripts import Scripts
 FULL_LOOK = 1.0
 
 #: Seconds for one look after which the broker counts as having been away: a
-#: worker's watchdog gives up on an answer after one second.
+#: worker's watchdog gives up on an answer soon after.
 SLOW = 0.5
+
+#: Seconds for a look at a broker that doesn't answer: some commands' time-outs.
+LONGEST_LOOK = 5.0
 
 #: Seconds between looks at whether the workers have heard the farewell.
 TICK = 0.02
@@ -31,68 +35,104 @@ class Workers:
     """Looks at the broker's connections, and acts on what :class:`Presence` makes of them.
 
     Args:
-        endpoint: the broker.
-        timeout: seconds for each command to it.
+        client: of the broker.
+        patience: seconds without a sign of life after which a worker counts as dead.
+        max_deliveries: how often a task's process may die.
+        timeout: seconds for each of the client's commands.
     """
 
-    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
-        self._client = connect(endpoint, timeout)
-        self._scripts = Scripts(self._client)
-        self._presence = Presence(LIVENESS_TIMEOUT)
+    def __init__(
+        self, client: Redis, *, patience: float, max_deliveries: int, timeout: float
+    ) -> None:
+        self._client = client
+        self._scripts = Scripts(client, max_deliveries)
+        self._patience = patience
+        self._presence = Presence(patience)
+        self._attention = Attention(longest=LONGEST_LOOK)
+        self._to_bury: dict[str, str] = {}  # who was found dead, and why, until it is done
         self._next_full_look = 0.0
+        self._next_hearing = 0.0
         self._away = False
 
     def broker_was_away(self) -> None:
         """It was restarted: any worker's connection may be broken."""
         self._away = True
 
-    def look(self) -> list[tuple[str, int]]:
-        """Look once; return who is newly dead, and how many messages each held."""
+    def look(self) -> tuple[bool, list[Dead]]:
+        """Look once; return whether the broker answered, and who is newly dead."""
         dead = []
         try:
             began = time.monotonic()
+            now = self._attention.look(began)
             if self._away:
-                self._presence.broker_was_away(self._members(), began)
-            for worker in self._look(began):
+                self._presence.broker_was_away(self._members(), now)
+            for worker in self._look(now):
                 dead.append(worker)  # noqa: PERF402 (what comes before an exception counts)
             self._away = time.monotonic() - began > SLOW
         except (RedisError, OSError):
             # A server that has just died is seen at the next turn. One that
             # doesn't answer in time may have lost the workers as well.
             self._away = True
-        return dead
+            return False, dead
+        return True, dead
 
-    def _look(self, now: float) -> Iterator[tuple[str, int]]:
+    def _look(self, now: float) -> Iterator[Dead]:
         with self._client.pipeline(transaction=False) as pipe:
             # In this order: a worker subscribes before it registers.
             pipe.hlen(keys.WORKERS)
             pipe.pubsub_numsub(keys.PRESENCE)
             members, [(_, subscribers)] = pipe.execute()
-        full = now >= self._next_full_look
-        if not full and not self._presence.must_ask(members, subscribers):
-            return
-        self._next_full_look = now + FULL_LOOK
+        yield from self._bury((), "")
+        if now >= self._next_full_look or self._presence.must_ask(members, subscribers):
+            self._next_full_look = now + FULL_LOOK
+            yield from self._look_for_missing(now)
+        if now >= self._next_hearing:
+            self._next_hearing = now + self._patience / BEATS
+            yield from self._listen_for_silent(now)
+
+    def _look_for_missing(self, now: float) -> Iterator[Dead]:
         nodes = self._members()
         counts = {}
         if nodes:
             reply = self._client.pubsub_numsub(*(keys.presence(node) for node in nodes))
             counts = dict(zip(nodes, (count for _, count in reply), strict=True))
         suspects = self._presence.look(counts, now)
-        if not suspects:
-            return
-        for node in self._presence.judge(suspects, self._connected(), now):
-            held = self._scripts.release(node, "its connection is gone", died=True)
-            if held >= 0:
-                yield node, held
+        if suspects:
+            connected = self._silences("normal").keys()
+            dead = self._presence.judge(suspects, connected, now)
+            yield from self._bury(dead, "its connection is gone")
+
+    def _listen_for_silent(self, now: float) -> Iterator[Dead]:
+        silences = self._silences("pubsub")
+        members = {node: silences[node] for node in self._members() if node in silences}
+        dead = self._presence.hear(members, now)
+        yield from self._bury(dead, f"no sign of life for {self._patience:g} s: stopped or cut off")
+
+    def _bury(self, nodes: Iterable[str], why: str) -> Iterator[Dead]:
+        begun = set(self._to_bury)
+        self._to_bury.update(dict.fromkeys(nodes, why))
+        for node, reason in tuple(self._to_bury.items()):
+            held = self._scripts.release(node, reason, died=True)
+            # That it is done already tells of an answer that was lost, or that it has just left.
+            if held >= 0 or node in begun:
+                yield Dead(node, max(held, 0), reason)
+            del self._to_bury[node]
 
     def _members(self) -> list[str]:
         """The nodes that take part."""
         return [node.decode() for node in cast("list[bytes]", self._client.hkeys(keys.WORKERS))]
 
-    def _connected(self) -> set[str]:
-        """The nodes whose main process has a connection for its tasks. Long to list where
-        there are thousands, so only asked for when somebody is missing."""
-        return {client["name"] for client in self._client.client_list(_type="normal")}
+    def _silences(self, kind: str) -> dict[str, float]:
+        """For how many seconds the broker has heard nothing, by the node whose main process has
+        a connection of this kind: "normal" ones for its tasks, "pubsub" for its watchdog.
+
+        Long to list where there are thousands, so only asked for now and then.
+        """
+        listed: dict[str, float] = {}
+        for client in self._client.client_list(_type=kind):
+            silence = float(client["idle"])
+            listed[client["name"]] = min(silence, listed.get(client["name"], silence))
+        return listed
 
     def say_farewell(self, timeout: float) -> None:
         """Tell the workers that it is over, and wait for at most ``timeout`` seconds until they

@@ -20,25 +20,45 @@ from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
 from celery.exceptions import TimeoutError as ResultTimeoutError
+from celery.states import EXCEPTION_STATES, READY_STATES
 from celery.utils.log import get_logger
 from kombu import Connection
 from kombu.transport.redis import Channel
 from kombu.utils.objects import cached_property
+from redis import ConnectionPool, Redis
+from redis.backoff import AbstractBackoff
+from redis.client import PubSub
+from redis.exceptions import ResponseError
+from redis.retry import Retry
 
-from cluster.errors import BrokerLost
+from cluster.errors import BrokerLost, ClusterError
 from cluster.settings import ORPHAN_TIMEOUT
 from cluster.wire import ending, identity, keys
+from cluster.wire.chord import PartReturn
 from cluster.wire.client import lean
-from cluster.wire.ledger import guarded
-from cluster.wire.scripts import STORE
+from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_refusal
+from cluster.wire.refusals import MessageTooLarge, check_size, refuse_as_full
+from cluster.wire.scripts import DELIVER, FREED, STORE
 
 logger = get_logger(__name__)
+
+#: Results whose delivery is noted together, and seconds after which fewer are.
+DELIVERIES_AT_ONCE = 100
+NOTE_EVERY = 0.5
 
 
 class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     """Raises in every waiting caller once the broker is no more."""
 
     _pubsub: Any = None
+
+    def on_state_change(self, meta: dict[str, Any], message: Any) -> None:
+        awaited = meta["status"] in READY_STATES and any(
+            meta["task_id"] in pending for pending in self._pending_results
+        )
+        super().on_state_change(meta, message)
+        if awaited:
+            self.backend.note_delivery(meta["task_id"])
 
     def drain_events(self, timeout: float | None = None) -> None:
         self.backend.check_open()
@@ -65,13 +85,25 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         self._after_fork()
 
     def _reconnect_pubsub(self) -> None:
+        """Subscribe anew, and only then ask for what was missed: Celery asks first, and misses
+        what is stored in between. It forgets connections as well that other threads use."""
         self.backend.check_open()
+        client = self.backend.client
         with self._locked():
-            # Celery forgets them as they are; all are broken, for the broker was away.
             if self._pubsub is not None:
                 self._pubsub.close()
-            self.backend.client.connection_pool.disconnect()
-        super()._reconnect_pubsub()
+            client.close_subscriptions()
+            self._pubsub = client.pubsub(ignore_subscribe_messages=True)
+            self.subscribed_to -= self._pending_unsubscribe
+            self._pending_unsubscribe.clear()
+            if not self.subscribed_to:
+                self._pubsub.connection = self._pubsub.connection_pool.get_connection()
+                self._pubsub.connection.register_connect_callback(self._pubsub.on_connect)
+                return
+            self._pubsub.subscribe(*self.subscribed_to)
+            for value in client.mget(self.subscribed_to):
+                if value not in {None, FREED}:
+                    self.on_state_change(self._decode_result(value), None)
 
 
 class Backend(RedisBackend):  # type: ignore[misc]
@@ -88,7 +120,22 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connparams.update(lean())
+        self._delivered: list[str] = []
+        self._delivered_noted = monotonic()
         _backends.add(self)
+
+    @cached_property  # type: ignore[untyped-decorator]
+    def client(self) -> _Client:
+        """What asks waits until the broker is back; what is subscribed must hear that it broke,
+        since a result may have been missed."""
+        waiting = {**self.connparams, "retry": Retry(_Patience(self), -1, CONNECTION_ERRORS)}
+        return _Client(self._get_pool(**waiting), self._get_pool(**self.connparams))
+
+    def close(self) -> None:
+        """Close its connections."""
+        self.result_consumer.stop()
+        if "client" in self.__dict__:
+            self.client.close_all()
 
     def forget_parent(self) -> None:
         """In a process just forked: what the parent waits for, and on which connections, is the
@@ -108,22 +155,18 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """Raise why no result will come any more, if so."""
         ending.check(self.connparams["password"])
 
-    # Asking goes through ensure() like storing does: Celery's own raises when it
-    # meets a broker that is being restarted, and a waiting get() with it.
-
     def get(self, key: str) -> Any:
-        return self.ensure(self._get, (key,))
+        self.check_open()
+        value = super().get(key)
+        _check_kept(key, value)
+        return value
 
     def mget(self, keys: Any) -> Any:
-        return self.ensure(self._mget, (keys,))
-
-    def _get(self, key: str) -> Any:
         self.check_open()
-        return super().get(key)
-
-    def _mget(self, keys: Any) -> Any:
-        self.check_open()
-        return super().mget(keys)
+        values = super().mget(keys)
+        for key, value in zip(keys, values, strict=True):
+            _check_kept(key, value)
+        return values
 
     @property
     def retry_policy(self) -> dict[str, Any]:
@@ -138,10 +181,15 @@ class Backend(RedisBackend):  # type: ignore[misc]
         }
 
     def on_connection_error(
-        self, _max_retries: int | None, error: Exception, intervals: Any, retries: int
+        self, _max_retries: int | None, error: Exception, _intervals: Any, retries: int
     ) -> float:
         if retries == 0:
             logger.warning("The results are out of reach (%s); trying again.", error)
+        return self.pause(retries + 1)
+
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row; raises if that is in vain."""
+        if failures == 1:
             self._waiting.since = monotonic()
         self.check_open()
         if self._in_child and monotonic() - self._waiting.since > ORPHAN_TIMEOUT:
@@ -149,7 +197,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 f"The broker was out of reach for {ORPHAN_TIMEOUT:.0f} s. It ends with the process "
                 "that started the cluster, which this one was forked from."
             )
-        seconds: float = next(intervals)
+        seconds = min(0.1 * (failures - 1), 0.5)
         until = getattr(self._waiting, "until", None)
         if until is None:
             return seconds
@@ -180,13 +228,115 @@ class Backend(RedisBackend):  # type: ignore[misc]
         script = self.client.register_script(STORE)
         guarded(node, partial(script, keys=[keys.FENCED, key], args=[node, value, seconds]))
 
+    def set(self, key: str, value: Any, **kwargs: Any) -> Any:
+        limit = self.app.conf.broker_transport_options.get("cluster_message_limit", 0)
+        if limit:
+            check_size("The result is too large", len(value), limit)
+        try:
+            return super().set(key, value, **kwargs)
+        except ResponseError as error:
+            if is_refusal(error):
+                refuse_as_full(str(error))
+            raise
+
+    def _store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, **kwargs: Any
+    ) -> Any:
+        try:
+            return super()._store_result(task_id, result, state, traceback, **kwargs)
+        except _Freed:
+            return result  # the task ran again, and its first result has been delivered
+        except MessageTooLarge as error:
+            if state not in EXCEPTION_STATES:
+                raise  # it fails the task
+            return super()._store_result(task_id, self.prepare_exception(error), state, **kwargs)
+
+    # -- chords ---------------------------------------------------------------
+
+    @cached_property  # type: ignore[untyped-decorator]
+    def _chord_part_return_script(self) -> PartReturn:
+        return PartReturn(self.client, identity.current() or "")
+
+    def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
+        # As a whole, should the broker refuse it for now: to count a member again changes nothing.
+        count = partial(super().on_chord_part_return, *args, **kwargs)
+        return self.ensure(guarded, (identity.current() or "", count))
+
+    # -- what was delivered may be freed --------------------------------------
+
+    def _maybe_resolve_from_buffer(self, result: Any) -> None:
+        super()._maybe_resolve_from_buffer(result)
+        self.note_delivery(result.id)
+
+    def note_delivery(self, task_id: str) -> None:
+        """The manager has this result; the broker hears of many at once."""
+        if self._in_child or identity.current() is not None or self.has_ended:
+            return  # the manager may want it, too
+        self._delivered.append(self._key(task_id))
+        now = monotonic()
+        if len(self._delivered) < DELIVERIES_AT_ONCE and now - self._delivered_noted < NOTE_EVERY:
+            return
+        self._delivered_noted = now
+        noted, self._delivered = self._delivered, []
+        self.client.eval(DELIVER, 1, keys.DELIVERED, *noted)
+
+    def _key(self, task_id: str) -> str:
+        key: str | bytes = self.get_key_for_task(task_id)
+        return key.decode() if isinstance(key, bytes) else key
+
+
+class _Freed(ClusterError):
+    """The result was delivered before, and is no more."""
+
+
+def _check_kept(key: Any, value: Any) -> None:
+    if value == FREED:
+        task = str(key if isinstance(key, str) else key.decode()).rpartition("task-meta-")[2]
+        raise _Freed(
+            f"The result of task {task} was delivered before, and freed as the broker needed room. "
+            "Keep the AsyncResult that you have got it from, or give the broker more memory by "
+            "CLUSTER_BROKER_MEMORY."
+        )
+
+
+class _Patience(AbstractBackoff):
+    """Asks the backend how long to wait, and whether."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = weakref.ref(backend)
+
+    def compute(self, failures: int) -> float:
+        backend = self._backend()
+        if backend is None:
+            return 0.0
+        return backend.pause(failures)
+
+
+class _Client(Redis):
+    """Has other connections for subscriptions than for commands."""
+
+    def __init__(self, commands: ConnectionPool, subscriptions: ConnectionPool) -> None:
+        super().__init__(connection_pool=commands)
+        self._subscriptions = subscriptions
+
+    def pubsub(self, **kwargs: Any) -> PubSub:
+        return PubSub(self._subscriptions, **kwargs)
+
+    def close_subscriptions(self) -> None:
+        """Close what is subscribed."""
+        self._subscriptions.disconnect()
+
+    def close_all(self) -> None:
+        """Close the connections of both kinds."""
+        self.close_subscriptions()
+        self.connection_pool.disconnect()
+
 
 def close_all(password: str) -> None:
     """Close what this process has of the broker with this password: a backend for each thread."""
     for backend in list(_backends):
         if backend.connparams["password"] == password:
-            backend.result_consumer.stop()
-            backend.client.connection_pool.disconnect()
+            backend.close()
 
 
 _backends: weakref.WeakSet[Backend] = weakref.WeakSet()

@@ -26,13 +26,14 @@ def lean() -> dict[str, Any]:
     }
 
 
-def connect(endpoint: Endpoint, timeout: float) -> Redis:
+def connect(endpoint: Endpoint, timeout: float, name: str | None = None) -> Redis:
     """A client that raises at the first failure: whoever uses it has a loop of its own, with
     other duties, and knows what a failure means.
 
     Args:
         endpoint: the broker.
         timeout: seconds for a connection, and for each command.
+        name: what the broker calls its connections.
     """
     # Imported here: the guardian starts the server first.
     import redis
@@ -45,6 +46,7 @@ def connect(endpoint: Endpoint, timeout: float) -> Redis:
         password=password(endpoint.secret),
         socket_timeout=timeout,
         socket_connect_timeout=timeout,
+        client_name=name,
         retry=Retry(NoBackoff(), 0),
         **lean(),
     )

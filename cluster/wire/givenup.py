@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,31 +14,38 @@ from kombu.exceptions import KombuError
 from kombu.message import Message
 from kombu.serialization import prepare_accept_content
 
+#: How the death of a pool's process begins; any other is a worker's.
+POOL_PROCESS = "a process of its pool ended"
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """A message that won't be run again: what it was, the last node, how often.
+    """A message that won't be run again: what it was, and who died of it.
 
     ``request`` is the context that a task's result needs; ``None`` for a
-    message that is no task.
+    message that is no task. ``deaths`` are pairs: the node, and how.
     """
 
     request: Context | None
-    node: str
-    times: int
+    deaths: tuple[tuple[str, str], ...]
 
-    def __str__(self) -> str:
+    def explain(self, deaths: Sequence[tuple[str, str]]) -> str:
+        """Say what happened.
+
+        Args:
+            deaths: as :attr:`deaths`, in the best words there are.
+        """
         what = (
             f"Task {self.request.task}[{self.request.id}]"
             if self.request is not None
             else "A message that is no task"
         )
         return (
-            f"{what} was given up: each of the {self.times} times it was run, the process that ran "
-            f"it died, the last time on {self.node}. Running out of memory, a crash in a C "
-            "extension, sys.exit() and os._exit() do that; the workers' logs may say which."
+            f"{what} was given up: each of the {len(deaths)} times it was run, the process that "
+            "ran it died. Running out of memory, a crash in a C extension, sys.exit() and "
+            "os._exit() do that.\n" + "\n".join(f"  {node}: {how}" for node, how in deaths)
         )
 
 
@@ -50,7 +57,8 @@ def read(entry: str | bytes, accept: Collection[str]) -> GivenUp:
         accept: the app's ``accept_content``.
     """
     fields = json.loads(entry)
-    return GivenUp(_request(fields["message"], accept), fields["node"], fields["times"])
+    deaths = tuple((node, how) for node, how in fields["deaths"])
+    return GivenUp(_request(fields["message"], accept), deaths)
 
 
 def _request(raw: str, accept: Collection[str]) -> Context | None:

@@ -20,8 +20,16 @@ MANAGER = "cluster:manager"
 OVER = "cluster:over"
 #: Counter that numbers the hand-outs.
 HANDOUTS = "cluster:handouts"
-#: Hash: SHA-1 of a message → how often it came back undone.
+#: Hash: SHA-1 of a message → who died of it so far and how, as JSON: [[node, how], …].
 RETURNS = "cluster:returns"
+#: Hash: node name → how many messages it has acknowledged.
+DONE = "cluster:done"
+#: String: set while there is no room for messages from outside of workers.
+FULL = "cluster:full"
+#: List of the keys of results that the manager has got, the last first.
+DELIVERED = "cluster:delivered"
+#: Set of the ids of tasks that were revoked.
+REVOKED = "cluster:revoked"
 #: Channel to which each worker's watchdog subscribes; carries the manager's word too.
 PRESENCE = "cluster:presence"
 
@@ -34,6 +42,11 @@ def unacked(node: str) -> str:
 def started(node: str) -> str:
     """Set: numbers of the hand-outs with an ETA whose tasks have started, for one node."""
     return f"cluster:started:{node}"
+
+
+def published(publisher: str, queue: str) -> str:
+    """The number of the last message that arrived from a publisher for this queue."""
+    return f"cluster:published:{publisher}:{queue}"
 
 
 def presence(node: str) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
-from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -35,12 +34,12 @@ logger = logging.getLogger(__name__)
 class Ledger:
     """The node's hand-outs, by delivery tag."""
 
-    def __init__(self, node: str, client: Redis) -> None:
+    def __init__(self, node: str, scripts: Scripts) -> None:
         self.node = node
-        self.scripts = Scripts(client)
+        self.scripts = scripts
         self._numbers: dict[str, int] = {}
         self._unsent: list[tuple[int, Callable[[], None]]] = []
-        self._deadly: set[str] = set()
+        self._deadly: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def hold(self, tag: str, number: int) -> None:
@@ -50,22 +49,21 @@ class Ledger:
 
     def ack(self, tag: str) -> None:
         """Done with it."""
-        self._deadly.discard(tag)
+        self._deadly.pop(tag, None)
         self._settle(tag, self.scripts.ack)
 
     def reject(self, tag: str) -> None:
         """Somebody else shall have it."""
-        died = tag in self._deadly
-        self._deadly.discard(tag)
+        died = self._deadly.pop(tag, "")
         self._settle(tag, partial(self.scripts.reject, died=died))
 
-    def note_death(self, tag: str) -> None:
+    def note_death(self, tag: str, how: str) -> None:
         """The process that ran this message's task died: a reject that follows counts.
 
         A task that asks to be put back (``Reject(requeue=True)``) may do so
         for ever; one that kills whoever runs it may not.
         """
-        self._deadly.add(tag)
+        self._deadly[tag] = how
 
     def start(self, tag: str) -> None:
         """A task that waited for its ETA runs now."""
@@ -74,7 +72,7 @@ class Ledger:
         if number is None:
             return
         try:
-            self.scripts.start(self.node, number)
+            guarded(self.node, partial(self.scripts.start, self.node, number))
         except CONNECTION_ERRORS as error:
             # Should this worker die of it, the death won't count. No harm yet.
             logger.warning("The broker is away as a task starts (%s).", error)
@@ -99,26 +97,42 @@ class Ledger:
                 self._unsent.pop(0)
 
     def compare(self, held: int) -> None:
-        """The broker counts ``held`` messages as this node's; act if we count fewer.
+        """The broker counts ``held`` messages as this node's; act if that isn't what we count, and
+        send what couldn't be sent.
 
         Call it only while no take is under way.
         """
         with self._lock:
-            counted = len(self._numbers) + len(self._unsent)
+            counted, unsent = len(self._numbers) + len(self._unsent), bool(self._unsent)
         if held != counted:
             self.reconcile()
+        elif unsent:
+            self.flush()
 
     def reconcile(self) -> None:
-        """After a lost connection: give back what was handed out and never arrived."""
+        """After a lost connection: give back what was handed out and never arrived.
+
+        What is lost is named, and not what is known: a command that a broker which hung carries
+        out late must not give back what was handed out since.
+        """
         self.flush()
+        held = self.scripts.held(self.node)
         with self._lock:
             # What is settled here and not yet there is known, too.
-            known = [*self._numbers.values(), *(number for number, _ in self._unsent)]
-        guarded(self.node, partial(self.scripts.reconcile, self.node, known))
+            known = {*self._numbers.values(), *(number for number, _ in self._unsent)}
+        if lost := held - known:
+            guarded(self.node, partial(self.scripts.reconcile, self.node, lost))
 
     def release(self, why: str) -> None:
-        """Give all back and take no more: this node is leaving."""
+        """Give all back and take no more: this node is leaving.
+
+        Raises what a broken connection raises, also where something that is done couldn't be
+        settled: it must not be given back.
+        """
         self.flush()
+        with self._lock:
+            if self._unsent:
+                raise RedisConnectionError("what is done can't be settled")
         guarded(self.node, partial(self.scripts.release, self.node, why, died=False))
 
 
@@ -138,6 +152,11 @@ def raise_for(error: ResponseError, node: str) -> NoReturn:
     if is_refusal(error):
         raise RedisConnectionError(str(error)) from error
     raise error
+
+
+def is_full(error: ResponseError) -> bool:
+    """Whether a script refused a message from outside of a worker, for want of room."""
+    return str(error).startswith("FULL")
 
 
 def is_refusal(error: ResponseError) -> bool:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: The message on the presence channel that ends the cluster; the grace follows it.
 OVER = "over"
 
+#: The message on a node's own channel, sent by a script, that it counts as dead.
+FENCED = "fenced"
+
 
 def encode(registration: Registration) -> str:
     return json.dumps(asdict(registration))
@@ -41,8 +44,16 @@ def announce_over(client: Redis, grace: float) -> None:
         pipe.execute()
 
 
+def is_fenced(message: Any) -> bool:
+    """Whether a message of its own channel tells a node that it counts as dead."""
+    return _text(message) == FENCED
+
+
 def grace_in(message: Any) -> float | None:
     """The grace in a message of the presence channel, or ``None`` if it isn't the end."""
-    text = message.decode() if isinstance(message, bytes) else str(message)
-    word, _, grace = text.partition(" ")
+    word, _, grace = _text(message).partition(" ")
     return float(grace) if word == OVER else None
+
+
+def _text(message: Any) -> str:
+    return message.decode() if isinstance(message, bytes) else str(message)

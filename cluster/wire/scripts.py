@@ -10,8 +10,8 @@ An entry in a node's hash is ``cmsgpack{queue list, wake list, raw message}``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, cast
 
 from redis import Redis
 from redis.commands.core import Script
@@ -22,34 +22,38 @@ from cluster.wire import keys
 
 #: The first word of the error by which a script refuses a fenced node.
 FENCED_ERROR = "FENCED"
+FENCED_REPLY = f"{FENCED_ERROR} this node was declared dead"
 #: The first word of the error by which REGISTER refuses a name in use.
 TAKEN_ERROR = "TAKEN"
 
-_FENCE = """
+_FENCE = f"""
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then
-  return redis.error_reply('FENCED this node was declared dead')
+  return redis.error_reply('{FENCED_REPLY}')
 end
 """
 
 # give_back(entry, returns key, given-up key, most deliveries, node, 'front' or 'back',
-# counted, started). A task with an ETA is held long before it is run, and has killed nobody
-# unless it had started.
+# how it died or '' if nobody did, started). A task with an ETA is held long before it is run,
+# and has killed nobody unless it had started.
 _GIVE_BACK = """
 local function waiting(raw)
   local fine, message = pcall(cjson.decode, raw)
   local headers = fine and type(message) == 'table' and message.headers
   return type(headers) == 'table' and type(headers.eta) == 'string'
 end
-local function give_back(entry, returns, given_up, most, node, where, counted, started)
+local function give_back(entry, returns, given_up, most, node, where, how, started)
   local e = cmsgpack.unpack(entry)
-  if counted and (started or not waiting(e[3])) then
+  if how ~= '' and (started or not waiting(e[3])) then
     local digest = redis.sha1hex(e[3])
-    local times = redis.call('HINCRBY', returns, digest, 1)
-    if times >= most then
+    local before = redis.call('HGET', returns, digest)
+    local deaths = before and cjson.decode(before) or {}
+    deaths[#deaths + 1] = {node, how}
+    if #deaths >= most then
       redis.call('HDEL', returns, digest)
-      redis.call('LPUSH', given_up, cjson.encode({message = e[3], node = node, times = times}))
+      redis.call('LPUSH', given_up, cjson.encode({message = e[3], deaths = deaths}))
       return
     end
+    redis.call('HSET', returns, digest, cjson.encode(deaths))
   end
   redis.call(where == 'front' and 'RPUSH' or 'LPUSH', e[1], e[3])
   redis.call('LPUSH', e[2], '1')
@@ -85,7 +89,8 @@ for i = 0, lists - 1 do
     redis.call('HSET', KEYS[2], number, cmsgpack.pack({KEYS[5 + i], wake, raw}))
     local returned = 0
     if redis.call('EXISTS', KEYS[4]) == 1 then
-      returned = tonumber(redis.call('HGET', KEYS[4], redis.sha1hex(raw)) or 0)
+      local deaths = redis.call('HGET', KEYS[4], redis.sha1hex(raw))
+      returned = deaths and #cjson.decode(deaths) or 0
     end
     return {KEYS[5 + i], number, returned, raw}
   end
@@ -95,7 +100,7 @@ return redis.call('HLEN', KEYS[2])
 """
 )
 
-#: Acknowledge. KEYS: fence, the node's hash, returns, started. ARGV: node, number.
+#: Acknowledge. KEYS: fence, the node's hash, returns, started, done. ARGV: node, number.
 ACK = (
     _FENCE
     + """
@@ -104,12 +109,14 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
   if entry then redis.call('HDEL', KEYS[3], redis.sha1hex(cmsgpack.unpack(entry)[3])) end
 end
 redis.call('SREM', KEYS[4], ARGV[2])
-return redis.call('HDEL', KEYS[2], ARGV[2])
+local found = redis.call('HDEL', KEYS[2], ARGV[2])
+if found == 1 then redis.call('HINCRBY', KEYS[5], ARGV[1], 1) end
+return found
 """
 )
 
 #: Put back at the end of its queue. KEYS: fence, the node's hash, returns, given up, started.
-#: ARGV: node, number, most deliveries, '1' if a process died of it.
+#: ARGV: node, number, most deliveries, how a process died of it or ''.
 REJECT = (
     _FENCE
     + _GIVE_BACK
@@ -118,26 +125,24 @@ local entry = redis.call('HGET', KEYS[2], ARGV[2])
 if not entry then return 0 end
 redis.call('HDEL', KEYS[2], ARGV[2])
 redis.call('SREM', KEYS[5], ARGV[2])
-give_back(entry, KEYS[3], KEYS[4], tonumber(ARGV[3]), ARGV[1], 'back', ARGV[4] == '1', true)
+give_back(entry, KEYS[3], KEYS[4], tonumber(ARGV[3]), ARGV[1], 'back', ARGV[4], true)
 return 1
 """
 )
 
 #: Give back what the broker handed out and the node never got (the reply was
-#: lost with the connection). KEYS as REJECT, but for started. ARGV: node, the numbers it knows.
+#: lost with the connection). KEYS as REJECT, but for started. ARGV: node, the lost numbers, the
+#: last first. Lost once is lost for ever, so this may come late, and again.
 RECONCILE = (
     _FENCE
     + _GIVE_BACK
-    + _NUMBERS
     + """
-local known = {}
-for i = 2, #ARGV do known[ARGV[i]] = true end
 local lost = 0
-for _, number in ipairs(numbers_of(KEYS[2])) do
-  if not known[number] then
-    local entry = redis.call('HGET', KEYS[2], number)
-    redis.call('HDEL', KEYS[2], number)
-    give_back(entry, KEYS[3], KEYS[4], 0, ARGV[1], 'front', false, false)
+for i = 2, #ARGV do
+  local entry = redis.call('HGET', KEYS[2], ARGV[i])
+  if entry then
+    redis.call('HDEL', KEYS[2], ARGV[i])
+    give_back(entry, KEYS[3], KEYS[4], 0, ARGV[1], 'front', '', false)
     lost = lost + 1
   end
 end
@@ -145,9 +150,20 @@ return lost
 """
 )
 
+#: A task that waited for its ETA runs now. KEYS: fence, the node's hash, started.
+#: ARGV: node, number.
+START = (
+    _FENCE
+    + """
+if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then return 0 end
+return redis.call('SADD', KEYS[3], ARGV[2])
+"""
+)
+
 #: Fence a node and give back all it holds, oldest to the front of its queue.
 #: KEYS: fence, the node's hash, returns, given up, workers, started.
-#: ARGV: node, most deliveries, why, '1' if the node died with the messages.
+#: ARGV: node, most deliveries, why, '1' if the node died with the messages, the node's channel.
+#: Who is only taken for dead hears of it there, should it still hear anything.
 #: Returns how many messages it held, or -1 if it was fenced before.
 RELEASE = (
     _GIVE_BACK
@@ -158,10 +174,11 @@ if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[3]) == 0 then return -1 end
 local numbers = numbers_of(KEYS[2])
 for _, number in ipairs(numbers) do
   give_back(redis.call('HGET', KEYS[2], number), KEYS[3], KEYS[4],
-            tonumber(ARGV[2]), ARGV[1], 'front', ARGV[4] == '1',
+            tonumber(ARGV[2]), ARGV[1], 'front', ARGV[4] == '1' and ARGV[3] or '',
             redis.call('SISMEMBER', KEYS[6], number) == 1)
 end
 redis.call('DEL', KEYS[2], KEYS[6])
+if ARGV[4] == '1' then redis.call('PUBLISH', ARGV[5], 'fenced') end
 return #numbers
 """
 )
@@ -170,12 +187,66 @@ return #numbers
 REGISTER = (
     _FENCE
     + """
-if redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2]) == 0 then
+if redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2]) == 0
+    and redis.call('HGET', KEYS[2], ARGV[1]) ~= ARGV[2] then
   return redis.error_reply('TAKEN a worker of this name takes part already')
 end
 return 1
 """
 )
+
+#: Publish a message, and a token for one who waits for it. KEYS: the publisher's last number,
+#: full, the list, its wake list, and the queue's other lists, if it expires. ARGV: number,
+#: message, '1' from outside of a worker, milliseconds until the queue expires or 0, seconds to
+#: remember the number. A publisher numbers its messages and sends one after the other; what it
+#: sends again since no answer came is published once. Returns 1, or 0 if it was there.
+PUT = """
+local last = redis.call('GET', KEYS[1])
+if last and tonumber(last) >= tonumber(ARGV[1]) then return 0 end
+if ARGV[3] == '1' and redis.call('EXISTS', KEYS[2]) == 1 then
+  return redis.error_reply('FULL ' .. redis.call('GET', KEYS[2]))
+end
+redis.call('LPUSH', KEYS[3], ARGV[2])
+redis.call('LPUSH', KEYS[4], '1')
+redis.call('SETEX', KEYS[1], ARGV[5], ARGV[1])
+local expires = tonumber(ARGV[4])
+if expires > 0 then
+  for i = 3, #KEYS do redis.call('PEXPIRE', KEYS[i], expires) end
+end
+return 1
+"""
+
+#: Announce a worker to the manager. KEYS: joined. ARGV: registration. Cutting the list changes
+#: nothing, but what follows a write isn't refused for want of memory, and this must not be:
+#: https://redis.io/docs/latest/develop/programmability/lua-api/ (allow-oom)
+ANNOUNCE = """
+redis.call('LTRIM', KEYS[1], 0, -1)
+return redis.call('LPUSH', KEYS[1], ARGV[1])
+"""
+
+#: Note results as delivered, so that they can be freed when room is needed. KEYS: delivered.
+#: ARGV: the results' keys. What doesn't fit stays until it expires.
+DELIVER = """
+redis.call('LTRIM', KEYS[1], 0, 999999)
+for i = 1, #ARGV do redis.call('LPUSH', KEYS[1], ARGV[i]) end
+return #ARGV
+"""
+
+#: Free results that were delivered, the first ones first. KEYS: delivered. ARGV: how many, what
+#: stands in their place. Returns how many there were to free.
+FREE = """
+for i = 1, tonumber(ARGV[1]) do
+  local key = redis.call('RPOP', KEYS[1])
+  if not key then return i - 1 end
+  local left = redis.call('PTTL', key)
+  if left ~= -2 then
+    redis.call('DEL', key)
+    if left > 0 then redis.call('SET', key, ARGV[2], 'PX', left)
+    else redis.call('SET', key, ARGV[2]) end
+  end
+end
+return tonumber(ARGV[1])
+"""
 
 #: Store a result and tell who waits. KEYS: fence, result. ARGV: node, value, expiry in s or 0.
 STORE = (
@@ -190,6 +261,10 @@ redis.call('PUBLISH', KEYS[2], ARGV[2])
 return 1
 """
 )
+
+
+#: What stands where a delivered result was that has been freed.
+FREED = b"cluster:freed"
 
 
 def is_fenced(error: ResponseError) -> bool:
@@ -222,16 +297,24 @@ def take_arguments(node: str, queues: Sequence[str], lists: Sequence[str]) -> li
 
 
 class Scripts:
-    """The scripts, bound to one client; a missing one is loaded by redis-py itself."""
+    """The scripts, bound to one client; a missing one is loaded by redis-py itself.
 
-    def __init__(self, client: Redis) -> None:
+    Args:
+        client: of the broker.
+        max_deliveries: how often a message may come back from the dead.
+    """
+
+    def __init__(self, client: Redis, max_deliveries: int = MAX_DELIVERIES) -> None:
         self.client = client
+        self._most = max_deliveries
         self.take_script: Script = client.register_script(TAKE)
         self._ack: Script = client.register_script(ACK)
         self._reject: Script = client.register_script(REJECT)
+        self._start: Script = client.register_script(START)
         self._reconcile: Script = client.register_script(RECONCILE)
         self._release: Script = client.register_script(RELEASE)
         self._register: Script = client.register_script(REGISTER)
+        self._free: Script = client.register_script(FREE)
 
     def take(self, node: str, queues: Sequence[str], lists: Sequence[str]) -> list[Any] | int:
         """Hand out a message: ``[list, number, returned, raw]``, or how many ``node`` holds."""
@@ -241,16 +324,29 @@ class Scripts:
 
     def ack(self, node: str, number: int) -> None:
         self._ack(
-            keys=[keys.FENCED, keys.unacked(node), keys.RETURNS, keys.started(node)],
+            keys=[
+                keys.FENCED,
+                keys.unacked(node),
+                keys.RETURNS,
+                keys.started(node),
+                keys.DONE,
+            ],
             args=[node, number],
         )
 
     def start(self, node: str, number: int) -> None:
         """A task with an ETA runs now. For the others, being taken is being started."""
-        self.client.sadd(keys.started(node), number)
+        self._start(keys=[keys.FENCED, keys.unacked(node), keys.started(node)], args=[node, number])
 
-    def reject(self, node: str, number: int, *, died: bool, most: int = MAX_DELIVERIES) -> None:
-        """Put a message back; ``died``: its task took a process with it, which counts."""
+    def held(self, node: str) -> set[int]:
+        """The numbers of the messages that ``node`` holds, as the broker has it."""
+        return {
+            int(number) for number in cast("list[bytes]", self.client.hkeys(keys.unacked(node)))
+        }
+
+    def reject(self, node: str, number: int, *, died: str) -> None:
+        """Put a message back. If its task took a process with it, which counts, ``died`` says
+        how; else it is empty."""
         self._reject(
             keys=[
                 keys.FENCED,
@@ -259,19 +355,20 @@ class Scripts:
                 keys.GIVEN_UP,
                 keys.started(node),
             ],
-            args=[node, number, most, int(died)],
+            args=[node, number, self._most, died],
         )
 
-    def reconcile(self, node: str, known: Sequence[int]) -> int:
-        """Give back what ``node`` was handed and doesn't know of; returns how many."""
-        lost: int = self._reconcile(
+    def reconcile(self, node: str, lost: Collection[int]) -> int:
+        """Give back what ``node`` was handed and never got, the oldest to the front of its queue;
+        returns how many there were."""
+        found: int = self._reconcile(
             keys=[keys.FENCED, keys.unacked(node), keys.RETURNS, keys.GIVEN_UP],
-            args=[node, *known],
+            args=[node, *sorted(lost, reverse=True)],
         )
-        return lost
+        return found
 
-    def release(self, node: str, why: str, *, died: bool, most: int = MAX_DELIVERIES) -> int:
-        """Fence ``node`` and give back what it holds.
+    def release(self, node: str, why: str, *, died: bool) -> int:
+        """Fence ``node`` and give back what it holds. ``died``: that counts against what it ran.
 
         Returns how many messages it held, or -1 if it had been fenced before.
         """
@@ -284,10 +381,19 @@ class Scripts:
                 keys.WORKERS,
                 keys.started(node),
             ],
-            args=[node, most, why, int(died)],
+            args=[node, self._most, why, int(died), keys.presence(node)],
         )
         return held
 
     def register(self, node: str, registration: str) -> None:
         """Take part. From now on the guardian misses the node when it is gone."""
         self._register(keys=[keys.FENCED, keys.WORKERS], args=[node, registration])
+
+    def announce(self, registration: str) -> None:
+        """Tell the manager that this worker is ready to answer."""
+        self.client.eval(ANNOUNCE, 1, keys.JOINED, registration)
+
+    def free(self, count: int) -> int:
+        """Free up to ``count`` results that were delivered; returns how many there were."""
+        freed: int = self._free(keys=[keys.DELIVERED], args=[count, FREED])
+        return freed

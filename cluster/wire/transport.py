@@ -21,6 +21,9 @@ save for the token.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import secrets
 from collections.abc import Callable
 from queue import Empty
 from time import monotonic
@@ -30,14 +33,17 @@ from kombu.log import get_logger
 from kombu.transport import redis as kombu_redis
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
+from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from cluster.settings import MAX_DELIVERIES
 from cluster.wire import ending, identity, keys
 from cluster.wire.client import lean
-from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, raise_for
-from cluster.wire.scripts import take_arguments
+from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, is_full, is_refusal, raise_for
+from cluster.wire.refusals import check_size, refuse_as_full
+from cluster.wire.scripts import PUT, Scripts, take_arguments
 
 logger = get_logger(__name__)
 
@@ -47,8 +53,17 @@ LOOK_EVERY = 1
 #: Seconds between attempts to reach a broker that is away.
 RETRY_EVERY = 0.1
 
+PUT_SHA = hashlib.sha1(PUT.encode(), usedforsecurity=False).hexdigest()
+
+#: Among a message's properties, but never sent.
+_STAMP = "cluster-publication"
+
+#: Seconds in which a message that got no answer may be sent again and is known.
+REMEMBER_PUBLISHED = 900
+
 _ledger: Ledger | None = None
 _taking = True
+_after_absence: list[Callable[[Redis], None]] = []
 
 
 def open_ledger(channel: Channel, node: str) -> Ledger:
@@ -57,13 +72,19 @@ def open_ledger(channel: Channel, node: str) -> Ledger:
     if _ledger is None or _ledger.node != node:
         parameters = dict(channel._connparams())
         pool = kombu_redis.redis.ConnectionPool(**parameters)
-        _ledger = Ledger(node, kombu_redis.redis.Redis(connection_pool=pool))
+        client = kombu_redis.redis.Redis(connection_pool=pool)
+        _ledger = Ledger(node, Scripts(client, channel.option("max_deliveries", MAX_DELIVERIES)))
     return _ledger
 
 
 def current_ledger() -> Ledger | None:
     """This process's ledger, if it has taken part yet."""
     return _ledger
+
+
+def after_absence(callback: Callable[[Redis], None]) -> None:
+    """In a worker: call this, with a client, each time when the broker was away."""
+    _after_absence.append(callback)
 
 
 def stop_taking() -> None:
@@ -155,6 +176,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         self.node = identity.taking()
         self._acknowledged: set[str] = set()
         self._waiting = False
+        self._publisher = secrets.token_hex(8)
+        self._published = 0
         if self.node is not None:
             self.QoS = QoS
         super().__init__(*args, **kwargs)
@@ -261,6 +284,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """The broker was away: settle what is due before anything new is taken."""
         if self._takes:
             self.ledger.reconcile()
+            for callback in _after_absence:
+                callback(self.ledger.scripts.client)
 
     def close(self) -> None:
         if self._takes and self._in_poll:
@@ -282,22 +307,83 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     # -- publishing -----------------------------------------------------------
 
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
+        publisher, number, raw = self._stamp(message)
+        self._check_size(message, raw)
+        priority = self._get_message_priority(message, reverse=False)
+        lists = [self._q_for_pri(queue, priority), keys.wake(queue)]
         batch = kwargs.get("_publish_batch")
         if batch is not None:
-            super()._put(queue, message, **kwargs)
-            batch.add("lpush", keys.wake(queue), "1")
+            # What a batch can't send is not sent again, so that nothing comes twice.
+            batch.add("lpush", lists[0], raw)
+            batch.add("lpush", lists[1], "1")
+        expires = self._expires.get(queue, 0)
+        if expires:
+            lists += [self._q_for_pri(queue, step) for step in self.priority_steps]
+        if batch is not None:
+            for name in lists if expires else ():
+                batch.add("pexpire", name, expires)
             return
-        priority = self._get_message_priority(message, reverse=False)
-        expires = self._expires.get(queue)
-        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-            # The token follows the message: whoever it wakes finds the message there.
-            pipe.lpush(self._q_for_pri(queue, priority), dumps(message))
-            pipe.lpush(keys.wake(queue), "1")
-            if expires is not None:
-                pipe.pexpire(keys.wake(queue), expires)
-                for step in self.priority_steps:
-                    pipe.pexpire(self._q_for_pri(queue, step), expires)
-            pipe.execute()
+        names = [keys.published(publisher, queue), keys.FULL, *lists]
+        outside = int(identity.current() is None)
+        arguments = [len(names), *names, number, raw, outside, expires, REMEMBER_PUBLISHED]
+        with self.conn_or_acquire() as client:
+            try:
+                try:
+                    client.evalsha(PUT_SHA, *arguments)
+                except NoScriptError:
+                    client.eval(PUT, *arguments)
+            except ResponseError as error:
+                if is_refusal(error) or is_full(error):
+                    refuse_as_full(str(error))
+                raise
+
+    def _stamp(self, message: Any) -> tuple[str, int, str]:
+        """The publisher, the number of the message, and the message as it is sent.
+
+        kombu sends again what a lost connection left unanswered, over another channel and with
+        another delivery tag, but with the same dictionary of properties. By what we note there
+        the broker knows that it is the same message.
+        """
+        properties = message["properties"]
+        stamp = properties.pop(_STAMP, None)
+        if stamp is None:
+            self._published += 1
+            stamp = (self._publisher, self._published)
+        raw = dumps(message)
+        properties[_STAMP] = stamp
+        return (*stamp, raw)
+
+    def _check_size(self, message: Any, raw: str) -> None:
+        limit = self.option("message_limit", 0)
+        if limit and len(raw) > limit:
+            task = (message.get("headers") or {}).get("task")
+            what = f"The arguments of {task} are too large" if task else "A message is too large"
+            check_size(what, len(raw), limit)
+
+    def option(self, name: str, default: Any) -> Any:
+        """One of the cluster's own, which the app's transport options carry."""
+        return self.connection.client.transport_options.get(f"cluster_{name}", default)
+
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **kwargs: Any) -> None:
+        self._keep_revokes(message)
+        super()._put_fanout(exchange, message, routing_key, **kwargs)
+
+    def _keep_revokes(self, message: Any) -> None:
+        """Who revokes a task tells the workers there are now; the broker keeps it for those to
+        come, and for those that don't hear it."""
+        body = message["body"]
+        if message["properties"].get("body_encoding") == "base64":
+            body = base64.b64decode(body)
+        if b"revoke" not in (body if isinstance(body, bytes) else body.encode()):
+            return
+        try:
+            order = loads(bytes_to_str(body))
+            ids = order["arguments"]["task_id"] if order["method"] == "revoke" else []
+        except (ValueError, KeyError, TypeError):
+            return  # an event that happens to have the word in it
+        with self.conn_or_acquire() as client:
+            for id_ in [ids] if isinstance(ids, str) else ids:
+                client.sadd(keys.REVOKED, id_)
 
     def _delete(self, queue: str, *args: Any, **kwargs: Any) -> None:
         super()._delete(queue, *args, **kwargs)

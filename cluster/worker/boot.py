@@ -14,7 +14,6 @@ from cluster.interpreter import restore_search_path
 from cluster.model import Endpoint
 from cluster.settings import (
     CELERY_OVERRIDES,
-    ORPHAN_TIMEOUT,
     THREAD_LIMITS,
     WORKER_VARIABLES,
     WorkerSettings,
@@ -58,7 +57,7 @@ def _run(settings: WorkerSettings) -> int:
     from cluster import appref, binding
     from cluster.wire import identity
     from cluster.worker.drain import Drain
-    from cluster.worker.processes import end_now, mark_main
+    from cluster.worker.processes import end_now, keep_to_main, mark_main
     from cluster.worker.request import use_for_all_tasks
     from cluster.worker.watchdog import Watchdog
 
@@ -67,12 +66,14 @@ def _run(settings: WorkerSettings) -> int:
     identity.assume(node, on_fenced=lambda: end_now(ExitCode.FENCED))
     host, _, port = settings.address.rpartition(":")
     endpoint = Endpoint(host, int(port), settings.secret)
+    keep_to_main(endpoint.host, endpoint.port)
     drain = Drain()
     watchdog = Watchdog(
         endpoint,
         node=node,
         parent=settings.parent,
-        orphan_timeout=ORPHAN_TIMEOUT,
+        liveness_timeout=settings.liveness_timeout,
+        orphan_timeout=settings.orphan_timeout,
         drain=drain,
     )
     # Before the app is imported: that may take minutes, or never end.
@@ -91,7 +92,12 @@ def _run(settings: WorkerSettings) -> int:
         return ExitCode.IMPORT_FAILED
     for name in CELERY_OVERRIDES:  # they would beat what comes now
         os.environ.pop(name, None)
-    binding.bind_worker(app, endpoint)
+    binding.bind_worker(
+        app,
+        endpoint,
+        max_deliveries=settings.max_deliveries,
+        message_limit=settings.message_limit,
+    )
     return _serve(app, settings, node, drain)
 
 

@@ -21,6 +21,8 @@ from cluster.wire.exitcodes import ExitCode
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.registration import encode
 from cluster.wire.scripts import Scripts
+from cluster.wire.transport import after_absence
+from cluster.worker import revokes
 from cluster.worker.drain import Drain
 from cluster.worker.processes import end_now, reset_in_children
 from cluster.worker.remarks import remarks
@@ -102,6 +104,8 @@ class Membership:
         with self._worker.app.connection_for_write() as connection:
             client = connection.default_channel.client
             self._compare(client, registration)
+            revokes.learn(client)
+            after_absence(revokes.learn)
             Scripts(client).register(registration.node, encode(registration))
 
     def _compare(self, client: Redis, registration: Registration) -> None:
@@ -114,13 +118,13 @@ class Membership:
         fatal, _ = found.join(self._id, Side(registration.versions, registration.tasks))
         if fatal:
             print(f"This worker can't work with its manager:\n{found}", file=sys.stderr)
-            client.lpush(keys.JOINED, encode(registration))
+            Scripts(client).announce(encode(registration))
             end_now(ExitCode.VERSION_MISMATCH)
 
     def _announce(self, registration: Registration) -> None:
         try:
             with self._worker.app.connection_for_write() as connection:
-                connection.default_channel.client.lpush(keys.JOINED, encode(registration))
+                Scripts(connection.default_channel.client).announce(encode(registration))
         except CONNECTION_ERRORS as error:
             # The manager has lost its connection as well, and looks at the
             # registrations once it has another.

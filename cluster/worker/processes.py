@@ -6,9 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
+import stat
 import sys
 import threading
-from typing import NoReturn
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 from celery.signals import worker_process_shutdown
@@ -43,6 +47,36 @@ def _after_fork_in_child() -> None:
     if _write_end != -1:
         os.close(_write_end)
         _write_end = -1
+
+
+def keep_to_main(host: str, port: int) -> None:
+    """Connections to this address are the main process's alone: its children let go of them.
+
+    A copy would keep the connection open, and in the broker's eyes the process alive, for as
+    long as the child lives. And the main process's own event loop would go on to hear of a
+    connection that it has closed (epoll(7), question 6).
+    """
+    addresses = {info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    os.register_at_fork(after_in_child=lambda: _drop_connections(addresses))
+
+
+def _drop_connections(addresses: Container[tuple[Any, ...]]) -> None:
+    if os.getppid() != _main:
+        return  # what a task forks has nothing of the main process's
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            # A copy, since the object made of it closes what it has.
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                ours = connection.getpeername()[:2] in addresses
+        except OSError:
+            continue  # not connected, or it was the listing's own
+        if ours:
+            # Not closed: what holds the number closes it some time, and must not meet another.
+            os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
 
 
 def reset_in_children(number: signal.Signals) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import celery.worker.request
+from billiard.exceptions import WorkerLostError
 from celery.exceptions import Reject
 from celery.worker.request import Request as CeleryRequest
 from celery.worker.state import task_ready
 
+from cluster.wire.givenup import POOL_PROCESS
 from cluster.wire.transport import current_ledger
 
 
@@ -16,12 +18,17 @@ class Request(CeleryRequest):  # type: ignore[misc]
     """What stands for a message in a worker of ours."""
 
     _wanted_back = False
+    _death = ""
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
         exception = exc_info.exception
         # Celery wraps what a task raised to keep its traceback.
         exception = getattr(exception, "exc", exception)
         self._wanted_back = isinstance(exception, Reject)
+        if isinstance(exception, WorkerLostError):
+            # billiard's words (billiard/pool.py, mark_as_worker_lost), less the pool's own number.
+            how = str(exception).partition("prematurely: ")[2].partition(" Job: ")[0]
+            self._death = f"{POOL_PROCESS}: {how.rstrip('.')}" if how else ""
         if isinstance(exception, MemoryError):
             # Celery would end the whole worker (celery/worker/request.py,
             # on_failure), and the task would be run again by the next one. The
@@ -41,7 +48,7 @@ class Request(CeleryRequest):  # type: ignore[misc]
     def reject(self, requeue: bool = False) -> None:
         ledger = current_ledger()
         if requeue and not self._wanted_back and ledger is not None:
-            ledger.note_death(self.message.delivery_tag)
+            ledger.note_death(self.message.delivery_tag, self._death or POOL_PROCESS)
         super().reject(requeue=requeue)
 
 

@@ -13,13 +13,15 @@ import time
 from typing import Any
 
 from celery.utils.log import get_logger
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cluster.model import Endpoint
+from cluster.settings import BEATS
 from cluster.wire import keys
 from cluster.wire.client import connect
 from cluster.wire.exitcodes import ExitCode
 from cluster.wire.ledger import CONNECTION_ERRORS
-from cluster.wire.registration import grace_in
+from cluster.wire.registration import grace_in, is_fenced
 from cluster.worker.drain import Drain
 from cluster.worker.processes import end_now
 
@@ -35,9 +37,6 @@ FIRST_CONNECTION = 10.0
 #: The exit code of a mistake in here: none of the table, as Python's own for an exception.
 UNEXPECTED = 1
 
-#: Seconds of silence after which the broker is asked whether it is there.
-ASK_AFTER = 5.0
-
 
 class Watchdog(threading.Thread):
     """Watches until the process ends.
@@ -46,12 +45,20 @@ class Watchdog(threading.Thread):
         endpoint: the broker.
         node: this worker's node name.
         parent: process id of the manager, where it is this process's parent; else 0.
+        liveness_timeout: seconds without a sign of life after which the worker counts as dead.
         orphan_timeout: seconds without the broker after which the worker ends itself.
         drain: the way out.
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, node: str, parent: int, orphan_timeout: float, drain: Drain
+        self,
+        endpoint: Endpoint,
+        *,
+        node: str,
+        parent: int,
+        liveness_timeout: float,
+        orphan_timeout: float,
+        drain: Drain,
     ) -> None:
         super().__init__(name="cluster-watchdog", daemon=True)
         self._subscribed = threading.Event()
@@ -61,10 +68,12 @@ class Watchdog(threading.Thread):
         self._orphan_timeout = orphan_timeout
         self._drain = drain
         self._reached = time.monotonic()
-        self._client = connect(endpoint, COMMAND_TIMEOUT)
+        self._beat_every = liveness_timeout / BEATS
+        self._next_beat = 0.0
+        self._unanswered = False
+        self._client = connect(endpoint, COMMAND_TIMEOUT, name=node)
         self._pubsub: Any = None
         self._connected = False
-        os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def wait_until_subscribed(self) -> bool:
         """Wait for its first connection; false if it has none within :data:`FIRST_CONNECTION`.
@@ -88,9 +97,7 @@ class Watchdog(threading.Thread):
             if self._pubsub is None:
                 self._subscribe()
             self._listen()
-            if time.monotonic() - self._reached > ASK_AFTER:
-                self._client.ping()
-                self._reached = time.monotonic()
+            self._beat()
         except CONNECTION_ERRORS:
             # At once, if it was this connection alone: the guardian doesn't
             # wait long. Where there is no broker, with pauses.
@@ -120,16 +127,33 @@ class Watchdog(threading.Thread):
         if grace is not None:
             self._leave(float(grace))
         self._reached = time.monotonic()
+        self._next_beat = self._reached + self._beat_every
+        self._unanswered = False
         self._connected = True
 
+    def _beat(self) -> None:
+        """Give a sign of life, over the connection by which the guardian knows us."""
+        if time.monotonic() < self._next_beat:
+            return
+        if self._unanswered:
+            raise RedisTimeoutError("The broker hasn't answered since the last beat.")
+        self._pubsub.ping()
+        self._unanswered = True
+        self._next_beat = time.monotonic() + self._beat_every
+
     def _listen(self) -> None:
-        message = self._pubsub.get_message(timeout=TURN)
+        message = self._pubsub.get_message(timeout=min(TURN, self._beat_every))
         if message is None:
             return
+        self._reached = time.monotonic()
+        self._unanswered = False
         if message["type"] == "subscribe":
             if message["channel"].decode() == self._own_channel:
                 self._subscribed.set()
             return
+        if is_fenced(message["data"]):
+            logger.warning("This worker was declared dead; leaving.")
+            end_now(ExitCode.FENCED)
         grace = grace_in(message["data"])
         if grace is not None:
             self._leave(grace)
@@ -147,12 +171,3 @@ class Watchdog(threading.Thread):
             self._pubsub = None
         self._client.connection_pool.disconnect()
         return was_connected
-
-    def _after_fork_in_child(self) -> None:
-        # A child that outlives this process must not keep its sign of life
-        # alive. Closed, not shut down: that would end the parent's as well.
-        connection = getattr(self._pubsub, "connection", None)
-        sock = getattr(connection, "_sock", None)
-        self._pubsub = None
-        if sock is not None and sock.fileno() >= 0:
-            os.close(sock.detach())

@@ -23,7 +23,7 @@ from cluster.appref import AppRef, locate
 from cluster.broker.broker import Broker
 from cluster.broker.server import find_server
 from cluster.launchers.base import Launcher, make
-from cluster.model import LauncherDefaults, Phase, Reach, WorkerRef, WorkerSpec
+from cluster.model import LauncherDefaults, Limits, Phase, Reach, WorkerRef, WorkerSpec
 from cluster.wire import keys
 from cluster.wire.registration import announce_over, decode
 from cluster.wire.secret import new_secret, password
@@ -48,6 +48,7 @@ def broker(launcher: Launcher) -> Iterator[Broker]:
         secret=new_secret(),
         directory=Path(tempfile.mkdtemp(prefix="contract-")),
         workers=4,
+        limits=Limits(10.0, 30.0, 3, 2**30, 2**20),
         on_event=lambda _: None,
     )
     started.wait()

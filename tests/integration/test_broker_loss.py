@@ -13,6 +13,7 @@ from celery.exceptions import TimeoutError as ResultTimeoutError
 from sampleapp import add, app, kill_own_process, wait_for
 
 import cluster
+import cluster.broker.broker as broker_module
 from cluster.binding import Binding
 from cluster.model import State
 
@@ -21,6 +22,12 @@ def server_of(c: cluster.Cluster) -> psutil.Process:
     process = c._broker._server_process
     assert process is not None
     return process
+
+
+def running(c: cluster.Cluster) -> list[int]:
+    """The process ids of the workers."""
+    processes = [worker.process for worker in c.launcher._workers.values()]
+    return [process.pid for process in processes if process.poll() is None]
 
 
 def guardian_of(c: cluster.Cluster) -> psutil.Process:
@@ -75,13 +82,52 @@ def test_messages_wait_out_a_restart_while_nobody_runs_them(eventually):
             assert connection.default_channel.client.llen("celery") == 100
 
 
-def test_a_lost_guardian_is_a_lost_broker(tmp_path: Path, eventually):
+def test_a_guardian_that_dies_is_replaced_and_nothing_runs_twice(
+    tmp_path: Path, eventually, caplog
+):
+    """Its server dies with it; another guardian starts another, on the port and with the data."""
+    log, go = tmp_path / "log", tmp_path / "go"
+    with cluster.start(2, app=app) as c:
+        workers, port = c.workers, c._broker.endpoint.port
+        result = wait_for.delay(str(go), str(log))
+        waiting = [add.delay(i, 1) for i in range(20)]
+        eventually(log.exists, "the task runs")
+        for _ in range(2):
+            guardian = guardian_of(c)
+            guardian.kill()
+            eventually(
+                lambda dead=guardian: c._broker._guardian.pid != dead.pid, "there is another"
+            )
+        go.touch()
+        assert result.get(timeout=30) == "done"
+        assert [r.get(timeout=30) for r in waiting] == list(range(1, 21))
+        assert (c.workers, c._broker.endpoint.port) == (workers, port)
+        pid = running(c)[0]
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: len(set(c.workers) - set(workers)) == 1, "it looks after workers, too")
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["start", "end"]
+    assert "its guardian process ended: killed by SIGKILL" in caplog.text
+
+
+def test_a_guardian_that_hangs_is_replaced(monkeypatch, eventually, caplog):
+    monkeypatch.setenv("CLUSTER_LIVENESS_TIMEOUT", "1")
+    monkeypatch.setattr(broker_module, "GUARDIAN_ALLOWANCE", 2.0)
+    with cluster.start(1, app=app) as c:
+        guardian = guardian_of(c)
+        guardian.suspend()
+        eventually(lambda: c._broker._guardian.pid != guardian.pid, "there is another")
+        assert add.delay(1, 1).get(timeout=30) == 2
+    assert "its guardian process hung" in caplog.text
+
+
+def test_a_guardian_lost_again_and_again_is_a_lost_broker(tmp_path: Path, monkeypatch, eventually):
     """Waiting callers and new calls raise BrokerLost at once; stop leaves nothing."""
+    monkeypatch.setattr(broker_module, "GUARDIANS", 0)
     with cluster.start(1, app=app) as c:
         result = wait_for.delay(str(tmp_path / "never"), str(tmp_path / "log"))
         server = server_of(c)
         os.kill(guardian_of(c).pid, signal.SIGKILL)
-        with pytest.raises(cluster.BrokerLost, match="guardian process is gone"):
+        with pytest.raises(cluster.BrokerLost, match="guardian process ended.*again and again"):
             result.get(timeout=60)
         eventually(lambda: c.state is State.FAILED, "the state says so")
         eventually(lambda: not server.is_running(), "the server was ended")
@@ -134,6 +180,7 @@ def test_a_step_of_stop_that_fails_keeps_no_other_from_being_done(monkeypatch):
 
 def test_a_loss_in_the_middle_of_giving_up_hangs_nobody(tmp_path: Path, monkeypatch):
     """The supervisor stores a result when the broker goes for good: all are told."""
+    monkeypatch.setattr(broker_module, "GUARDIANS", 0)
     original = Binding.fail_task
 
     def lose_all(self: Binding, *arguments: object) -> None:

@@ -38,7 +38,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     directory = tmp_path_factory.mktemp("server")
     port = free_port("127.0.0.1")
     config = configuration(
-        host="127.0.0.1", port=port, password="pw", directory=str(directory), workers=1
+        host="127.0.0.1",
+        port=port,
+        password="pw",
+        directory=str(directory),
+        workers=1,
+        memory=2**30,
     )
     program = find_server(os.environ.get("CLUSTER_BROKER_SERVER", "")).path
     with (directory / "log").open("wb") as log:
@@ -69,12 +74,12 @@ class HandOut(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.client.flushall()
-        self.scripts = Scripts(self.client)
+        self.scripts = Scripts(self.client, MOST)
         self.queues: dict[str, list[bytes]] = {queue: [] for queue in QUEUES}  # first: next
         self.holds: dict[str, dict[int, tuple[str, bytes]]] = {}  # of those that live
         self.dead: dict[str, list[int]] = {}  # and what they once held
-        self.returns: dict[bytes, int] = {}
-        self.given_up: list[bytes] = []
+        self.returns: dict[bytes, list[list[str]]] = {}  # who died of it, and how
+        self.given_up: list[tuple[bytes, list[list[str]]]] = []
         self.started: set[int] = set()
         self.published = 0
 
@@ -120,7 +125,7 @@ class HandOut(RuleBasedStateMachine):
             source, number, returned, raw = reply
             assert source.decode() == expected
             assert raw == self.queues[expected].pop(0)
-            assert returned == self.returns.get(raw, 0)
+            assert returned == len(self.returns.get(raw, ()))
             self.holds[node][number] = (expected, raw)
 
     @precondition(lambda self: any(self.holds.values()))
@@ -145,31 +150,34 @@ class HandOut(RuleBasedStateMachine):
     @rule(data=st.data(), died=st.booleans())
     def reject(self, data: st.DataObject, died: bool) -> None:
         node, number = self.some_message(data)
-        self.scripts.reject(node, number, died=died, most=MOST)
-        self.scripts.reject(node, number, died=died, most=MOST)
-        self.give_back(self.holds[node].pop(number), front=False, counted=died)
+        how = f"died on {node}" if died else ""
+        self.scripts.reject(node, number, died=how)
+        self.scripts.reject(node, number, died=how)
+        self.give_back(self.holds[node].pop(number), front=False, death=[node, how])
 
     @precondition(lambda self: any(self.holds.values()))
     @rule(data=st.data())
     def reconcile(self, data: st.DataObject) -> None:
         node = self.some_node(data)
-        known = [number for number in self.holds[node] if data.draw(st.booleans())]
-        lost = set(self.holds[node]) - set(known)
-        assert self.scripts.reconcile(node, known) == len(lost)
+        assert self.scripts.held(node) == set(self.holds[node])
+        lost = {number for number in self.holds[node] if data.draw(st.booleans())}
+        assert self.scripts.reconcile(node, lost) == len(lost)
+        assert self.scripts.reconcile(node, lost) == 0
         # The oldest is next in its queue, as if it had never been handed out.
         for number in sorted(lost, reverse=True):
-            self.give_back(self.holds[node].pop(number), front=True, counted=False)
+            self.give_back(self.holds[node].pop(number), front=True, death=[node, ""])
 
     @precondition(lambda self: self.holds)
     @rule(data=st.data(), died=st.booleans())
     def release(self, data: st.DataObject, died: bool) -> None:
         node = self.some_node(data)
         held = self.holds.pop(node)
-        assert self.scripts.release(node, "it is gone", died=died, most=MOST) == len(held)
-        assert self.scripts.release(node, "once more", died=died, most=MOST) == -1
+        assert self.scripts.release(node, "it is gone", died=died) == len(held)
+        assert self.scripts.release(node, "once more", died=died) == -1
         for number in sorted(held, reverse=True):
             ran = number in self.started or not waits(held[number][1])
-            self.give_back(held[number], front=True, counted=died and ran)
+            death = [node, "it is gone" if died and ran else ""]
+            self.give_back(held[number], front=True, death=death)
         self.dead[node] = list(held)
 
     @precondition(lambda self: self.dead)
@@ -181,8 +189,9 @@ class HandOut(RuleBasedStateMachine):
         for step in (
             lambda: self.scripts.take(node, QUEUES, QUEUES),
             lambda: self.scripts.ack(node, number),
-            lambda: self.scripts.reject(node, number, died=True, most=MOST),
-            lambda: self.scripts.reconcile(node, []),
+            lambda: self.scripts.reject(node, number, died="killed"),
+            lambda: self.scripts.reconcile(node, [number]),
+            lambda: self.scripts.start(node, number),
             lambda: self.scripts.register(node, "again"),
         ):
             with pytest.raises(ResponseError) as caught:
@@ -198,13 +207,12 @@ class HandOut(RuleBasedStateMachine):
         held = [(node, number) for node, numbers in self.holds.items() for number in numbers]
         return data.draw(st.sampled_from(held))
 
-    def give_back(self, entry: tuple[str, bytes], *, front: bool, counted: bool) -> None:
+    def give_back(self, entry: tuple[str, bytes], *, front: bool, death: list[str]) -> None:
         queue, raw = entry
-        if counted:
-            self.returns[raw] = self.returns.get(raw, 0) + 1
-            if self.returns[raw] >= MOST:
-                del self.returns[raw]
-                self.given_up.append(raw)
+        if death[1]:
+            self.returns.setdefault(raw, []).append(death)
+            if len(self.returns[raw]) >= MOST:
+                self.given_up.append((raw, self.returns.pop(raw)))
                 return
         self.queues[queue].insert(0 if front else len(self.queues[queue]), raw)
 
@@ -217,7 +225,8 @@ class HandOut(RuleBasedStateMachine):
         for node, held in self.holds.items():
             assert {int(n) for n in self.client.hkeys(keys.unacked(node))} == set(held)
         listed = [json.loads(entry) for entry in self.client.lrange(keys.GIVEN_UP, 0, -1)]
-        assert [entry["message"].encode() for entry in listed][::-1] == self.given_up
+        found = [(entry["message"].encode(), entry["deaths"]) for entry in listed]
+        assert found[::-1] == self.given_up
         assert {node.decode() for node in self.client.hkeys(keys.FENCED)} == set(self.dead)
         assert {node.decode() for node in self.client.hkeys(keys.WORKERS)} == set(self.holds)
         assert self.client.hlen(keys.RETURNS) == len(self.returns)
@@ -247,7 +256,7 @@ def test_what_is_settled_here_and_not_yet_there_is_not_given_back(client: redis.
     """An acknowledgement that couldn't be sent before the ledger is compared."""
     client.flushall()
     client.lpush("q", b"m")
-    ledger = Ledger("n@h", client)
+    ledger = Ledger("n@h", Scripts(client))
     _, number, _, _ = ledger.scripts.take("n@h", ["q"], ["q"])
     ledger.hold("tag", number)
 

@@ -138,7 +138,7 @@ def test_binding_gives_back_all_it_took():
     mine.conf.broker_transport_options = {"visibility_timeout": 5, "socket_timeout": 99}
     mine.conf.redis_socket_timeout = 77
     before, pool, backend = dict(mine.conf), mine.pool, mine.backend
-    bound = Binding(mine, ENDPOINT)
+    bound = Binding(mine, ENDPOINT, 2**20)
     try:
         assert mine.conf.broker_url.endswith("@127.0.0.1:1/0")
         assert mine.conf.broker_transport_options["visibility_timeout"] == 5, "the user's stay"
@@ -149,7 +149,7 @@ def test_binding_gives_back_all_it_took():
         with pytest.raises(cluster.StateError):
             binding.check_unbound(mine)
         with pytest.raises(cluster.StateError):
-            Binding(mine, ENDPOINT)
+            Binding(mine, ENDPOINT, 2**20)
     finally:
         bound.release()
     binding.check_unbound(mine)
@@ -165,11 +165,11 @@ def test_binding_that_fails_leaves_all_as_it_was(monkeypatch):
     mine.conf.result_serializer = "msgpackk"
     before = dict(mine.conf)
     with pytest.raises(cluster.ConfigurationError, match="mine.*msgpackk"):
-        Binding(mine, ENDPOINT)
+        Binding(mine, ENDPOINT, 2**20)
     assert dict(mine.conf) == before
     assert os.environ["CELERY_BROKER_URL"] == "amqp://mine//"
     mine.conf.result_serializer = "json"
-    bound = Binding(mine, ENDPOINT)
+    bound = Binding(mine, ENDPOINT, 2**20)
     monkeypatch.setenv("CELERY_BROKER_URL", "amqp://meanwhile//")
     bound.release()
     assert os.environ["CELERY_BROKER_URL"] == "amqp://meanwhile//"

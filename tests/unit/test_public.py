@@ -14,12 +14,14 @@ from cluster import errors
 def test_the_public_names_are_these():
     assert sorted(cluster.__all__) == [
         "BrokerError",
+        "BrokerFull",
         "BrokerLost",
         "BrokerStartError",
         "Cluster",
         "ClusterError",
         "ConfigurationError",
         "LaunchError",
+        "MessageTooLarge",
         "StateError",
         "VersionMismatch",
         "WorkerLost",

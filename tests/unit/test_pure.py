@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster import jsonlines
+from cluster.attention import Attention
 from cluster.broker import messages
 from cluster.broker.presence import Presence
+from cluster.broker.room import Gauge, Level
 from cluster.model import (
     TRANSITIONS,
     ClusterStatus,
@@ -19,7 +21,7 @@ from cluster.model import (
     WorkerView,
 )
 from cluster.readiness import Verdict, decide
-from cluster.replacement import READY_AT_LEAST, UNREADY, Replacements
+from cluster.replacement import IDLE_AT_LEAST, LONG, UNREADY_AT_LEAST, WINDOW, Replacements
 from cluster.restarts import Restarts
 from cluster.roster import Roster
 from cluster.wire import ending, exitcodes, identity, registration, secret
@@ -56,6 +58,13 @@ def test_restarts_come_with_growing_pauses_and_end():
     assert [restarts.next(0.0) for _ in range(6)] == [0.0, 0.1, 0.2, 0.3, None, None]
 
 
+def test_restarts_may_be_many_at_once_and_be_forgotten():
+    restarts = Restarts(limit=4, window=10.0, first=0.1, at_once=3)
+    assert [restarts.next(0.0) for _ in range(5)] == [0.0, 0.0, 0.0, 0.1, None]
+    restarts.forget()
+    assert restarts.next(0.0) == 0.0
+
+
 def test_old_restarts_are_forgotten():
     restarts = Restarts(limit=1, window=10.0)
     assert restarts.next(0.0) == 0.0
@@ -68,15 +77,43 @@ HOPELESS = WorkerStatus(Phase.FAILED, final=True, retryable=False, exit_code=84)
 
 
 def test_a_worker_whose_successor_would_fail_alike_is_not_replaced():
-    assert Replacements(4).next(HOPELESS, was_ready=False, now=0.0) is None
+    assert Replacements(4).next(HOPELESS, ready_for=None, done=0, now=0.0) is None
 
 
-def test_workers_that_were_ready_are_replaced_more_often_than_others():
+def fruitless(replacements: Replacements, count: int, ready_for: float | None, now: float = 0.0):
+    return [replacements.next(DIED, ready_for=ready_for, done=0, now=now) for _ in range(count + 1)]
+
+
+def test_a_crash_loop_gets_pauses_and_ends():
     replacements = Replacements(1)
-    pauses = [replacements.next(DIED, was_ready=False, now=0.0) for _ in range(UNREADY + 1)]
-    assert None not in pauses[:-1] and pauses[-1] is None
-    pauses = [replacements.next(DIED, was_ready=True, now=0.0) for _ in range(READY_AT_LEAST + 1)]
-    assert None not in pauses[:-1] and pauses[-1] is None
+    unready = fruitless(replacements, UNREADY_AT_LEAST, None)
+    assert unready == [0.0, 0.1, 0.2, None]
+    idle = fruitless(replacements, IDLE_AT_LEAST, 5.0)
+    assert idle[0] == 0.0 and idle[-1] is None
+    assert all(0 < pause <= 5.0 for pause in idle[1:-1])
+    assert fruitless(replacements, UNREADY_AT_LEAST, None, WINDOW) == unready, "an hour later"
+
+
+def test_a_worker_that_was_of_use_is_replaced_at_once_however_often():
+    replacements = Replacements(1)
+    for _ in range(1000):
+        assert replacements.next(DIED, ready_for=0.1, done=1, now=0.0) == 0.0
+        assert replacements.next(DIED, ready_for=LONG, done=0, now=0.0) == 0.0
+    fruitless(replacements, IDLE_AT_LEAST, 5.0)
+    replacements.next(DIED, ready_for=0.1, done=1, now=0.0)
+    assert fruitless(replacements, IDLE_AT_LEAST, 5.0)[0] == 0.0, "that they can is known again"
+
+
+def test_a_whole_cluster_that_is_lost_is_replaced_at_once():
+    assert fruitless(Replacements(100), 100, 5.0)[:100] == [0.0] * 100
+    assert fruitless(Replacements(100), 100, None)[-2:] == [0.0, None]
+
+
+def test_workers_that_become_ready_show_that_others_can():
+    replacements = Replacements(1)
+    for _ in range(100):
+        assert replacements.next(DIED, ready_for=None, done=0, now=0.0) == 0.0
+        replacements.became_ready()
 
 
 # -- presence ------------------------------------------------------------------------
@@ -135,6 +172,53 @@ def test_after_a_restart_of_the_broker_all_may_come_back():
     assert presence.look({"b": 0}, 10.0) == {"b"}, "out of time"
 
 
+def hearing(silences: list[float], patience: float = 10.0) -> list[bool]:
+    """Whether a worker is dead, by what the broker has measured at looks 2 s apart."""
+    presence = Presence(patience)
+    return [presence.hear({"a": s}, 2.0 * i) == {"a"} for i, s in enumerate(silences)]
+
+
+def test_a_silent_worker_is_dead_after_its_time():
+    assert hearing([0, 2, 4, 6, 8, 10, 12]) == [False] * 6 + [True]
+    assert hearing([0, 2, 4, 6, 8, 0, 2, 4]) == [False] * 8, "it has spoken"
+    assert hearing([6, 8, 10, 12]) == [False, False, False, True], "it is watched for half of it"
+
+
+def test_a_pause_of_the_whole_machine_condemns_nobody():
+    """Every worker has been silent for an hour, as the broker has it; then they speak."""
+    assert hearing([0, 3600, 0, 0]) == [False] * 4
+    assert hearing([0, 3600, 3602, 0]) == [False] * 4
+    assert hearing([0, 3600, 3602, 3604, 3606]) == [False, False, False, False, True]
+
+
+def test_silence_before_a_restart_of_the_broker_does_not_count():
+    presence = Presence(10.0)
+    presence.hear({"a": 8.0}, 0.0)
+    presence.broker_was_away(["a"], 1.0)
+    assert presence.hear({"a": 10.0}, 6.0) == set()
+    assert presence.hear({}, 8.0) == set(), "who has no subscription is missing, not silent"
+
+
+def test_attention_counts_no_pause_of_ones_own():
+    attention = Attention(longest=2.0)
+    assert [attention.look(now) for now in (100.0, 101.0, 161.0, 161.5)] == [0.0, 1.0, 3.0, 3.5]
+
+
+# -- the broker's memory -------------------------------------------------------------
+
+
+def test_a_full_broker_refuses_by_degrees_and_recovers_with_a_margin():
+    gauge = Gauge(1000)
+    assert (gauge.read(700), gauge.level) == (False, Level.FINE)
+    assert (gauge.read(750), gauge.level) == (True, Level.SENDERS_REFUSED)
+    assert (gauge.read(700), gauge.level) == (False, Level.SENDERS_REFUSED)
+    assert (gauge.read(960), gauge.level) == (True, Level.ALL_REFUSED)
+    assert (gauge.read(860), gauge.level) == (False, Level.ALL_REFUSED)
+    assert (gauge.read(850), gauge.level) == (True, Level.SENDERS_REFUSED)
+    assert (gauge.read(970), gauge.level) == (True, Level.ALL_REFUSED)
+    assert (gauge.read(100), gauge.level) == (True, Level.FINE)
+
+
 # -- roster --------------------------------------------------------------------------
 
 
@@ -149,11 +233,12 @@ def test_a_worker_on_its_way_through_the_roster():
     assert roster.starting == (ref,)
     roster.joined(joined("n1@h", "w1"))
     assert (roster.coming, roster.unanswered, roster.starting) == (1, ("n1@h",), ())
-    roster.answered(["n1@h", "stranger"])
+    roster.answered(["n1@h", "stranger"], 3.0)
+    roster.answered(["n1@h"], 4.0)
     assert (roster.coming, roster.ready, roster.unanswered) == (0, ("n1@h",), ())
     assert roster.find("w1") == roster.find("n1@h") == ref
     [seat] = roster.described({ref: DIED})
-    assert (seat.ref, seat.ready) == (ref, True)
+    assert (seat.ref, seat.ready, seat.ready_since) == (ref, True, 3.0)
     assert roster.described({ref: DIED}) == [], "it is news only once"
     assert (roster.coming, roster.ready, roster.unfinished) == (0, (), ())
     assert [seat.ref for seat in roster.failed] == [ref]
@@ -164,20 +249,20 @@ def test_a_worker_that_the_guardian_lost_is_gone_once():
     roster, ref = Roster(), WorkerRef("w1")
     roster.launched([ref])
     roster.joined(joined("n1", "w1"))
-    roster.answered(["n1"])
+    roster.answered(["n1"], 0.0)
     assert roster.lost("n1") is not None
     assert roster.lost("n1") is None
     assert roster.ready == ()
     assert roster.unfinished == (ref,), "its platform has yet to say that it ended"
     assert roster.described({ref: DIED}) == [], "and that is no news either"
-    roster.answered(["n1"])
+    roster.answered(["n1"], 0.0)
     assert roster.ready == ()
 
 
 def test_a_stranger_takes_no_seat():
     roster = Roster()
     roster.joined(joined("n1", "unheard-of"))
-    roster.answered(["n1"])
+    roster.answered(["n1"], 0.0)
     assert roster.lost("n1") is None
     assert roster.ready == ()
 
@@ -225,19 +310,22 @@ def test_a_status_prints_as_a_table():
 def test_no_repr_shows_the_secret():
     value = secret.new_secret()
     endpoint = Endpoint("127.0.0.1", 7000, value)
-    order = messages.Order("redis-server", "127.0.0.1", value, "/run", 4)
+    order = messages.Order("redis-server", "127.0.0.1", value, "/run", 4, 2**30, 10.0, 3)
     assert value not in repr(endpoint) + repr(order)
     assert endpoint.address == "127.0.0.1:7000"
 
 
 def test_messages_come_through_as_they_were():
-    order = messages.Order("redis-server", "127.0.0.1", "00" * 32, "/run", 4)
+    order = messages.Order("redis-server", "127.0.0.1", "00" * 32, "/run", 4, 2**30, 10.0, 3)
     assert jsonlines.decode(jsonlines.encode(order), messages.Order) == order
     for event in (
         messages.Started(7000, 12),
         messages.Failed("it ended", ("a", "b")),
         messages.Restarted(13, "it ended with code -9"),
-        messages.Dead("n1@h", 3),
+        messages.Dead("n1@h", 3, "its connection is gone"),
+        messages.Full(9, 10, all=False),
+        messages.Room(),
+        messages.Alive(),
     ):
         line = jsonlines.encode(event)
         assert line.count(b"\n") == 1

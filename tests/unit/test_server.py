@@ -75,7 +75,12 @@ def test_without_any_the_error_says_what_to_do(programs, monkeypatch):
 
 def test_the_configuration_keeps_to_one_address_and_loses_no_task():
     settings = server.configuration(
-        host="127.0.0.1", port=7000, password="secret", directory="/run/x", workers=100
+        host="127.0.0.1",
+        port=7000,
+        password="secret",
+        directory="/run/x",
+        memory=2**30,
+        workers=100,
     )
     assert settings["bind"] == "127.0.0.1"
     assert settings["requirepass"] == "secret"

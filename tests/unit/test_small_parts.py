@@ -109,7 +109,12 @@ def test_a_worker_ends_with_its_watchdog(monkeypatch):
 
     monkeypatch.setattr(module, "end_now", end_now)
     watchdog = module.Watchdog(
-        Endpoint("127.0.0.1", 1, "00" * 32), node="n@h", parent=0, orphan_timeout=1, drain=Drain()
+        Endpoint("127.0.0.1", 1, "00" * 32),
+        node="n@h",
+        parent=0,
+        liveness_timeout=10,
+        orphan_timeout=1,
+        drain=Drain(),
     )
     monkeypatch.setattr(watchdog, "_check", mistake)
     with pytest.raises(Ended, match="1"):

@@ -1,0 +1,125 @@
+"""Keeps room in the broker: frees what was delivered, then refuses what comes from outside.
+
+The broker's memory is a part of the manager's, and is bounded. As it fills, three
+things happen in turn:
+
+1. Results that the manager has got are freed, the first ones first.
+2. Messages from outside of workers are refused, to whoever sends them. Workers still
+   store results and send on what a chain or a chord goes on with: else what is
+   there could never be finished, and nothing become free.
+3. The server itself refuses all that needs memory. Workers wait with their results
+   until the manager has got some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from cluster.broker.messages import Full, Room
+from cluster.wire import keys
+from cluster.wire.scripts import Scripts
+
+#: Parts of the memory: from the first on, what was delivered is freed; from the second on,
+#: senders are refused; from the third on, all is about to be.
+FREE_FROM, REFUSE_FROM, FULL_FROM = 0.5, 0.75, 0.95
+
+#: A level is left when less than this part of what it began at is used.
+LEAVE_AT = 0.9
+
+#: Seconds between looks at the server's memory.
+LOOK_EVERY = 0.25
+
+#: Results to free in one step, and steps in one look: each holds up the server.
+FREE_AT_ONCE = 500
+STEPS = 10
+
+
+class Level(IntEnum):
+    """How full it is."""
+
+    FINE = 0
+    SENDERS_REFUSED = 1
+    ALL_REFUSED = 2
+
+
+@dataclass(slots=True)
+class Gauge:
+    """Decides how full the broker is.
+
+    Args:
+        memory: bytes that it may have.
+    """
+
+    memory: int
+    level: Level = Level.FINE
+
+    def read(self, used: int) -> bool:
+        """Take in how many bytes are used; return whether the level is another one."""
+        before = self.level
+        begins = {
+            Level.FINE: 0.0,
+            Level.SENDERS_REFUSED: REFUSE_FROM * self.memory,
+            Level.ALL_REFUSED: FULL_FROM * self.memory,
+        }
+        reached = max(level for level, begin in begins.items() if used >= begin)
+        self.level = max(self.level, reached)
+        while self.level > reached and used < LEAVE_AT * begins[self.level]:
+            self.level = Level(self.level - 1)
+        return self.level is not before
+
+
+class Memory:
+    """Looks at the server's memory now and then, and acts on it.
+
+    Args:
+        client: of the broker.
+        memory: bytes that it may have.
+    """
+
+    def __init__(self, client: Redis, memory: int) -> None:
+        self._client = client
+        self._scripts = Scripts(client)
+        self._memory = memory
+        self._gauge = Gauge(memory)
+        self._next_look = 0.0
+        self._known = False
+
+    def look(self, now: float) -> list[Full | Room]:
+        """Look, if it is time; return what is new.
+
+        Args:
+            now: seconds on a clock that only goes forward.
+        """
+        if now < self._next_look:
+            return []
+        self._next_look = now + LOOK_EVERY
+        try:
+            return list(self._look())
+        except (RedisError, OSError):
+            return []  # one that doesn't answer is the guardian's business
+
+    def _look(self) -> Iterator[Full | Room]:
+        used = self._used()
+        for _ in range(STEPS):
+            if used < FREE_FROM * self._memory or not self._scripts.free(FREE_AT_ONCE):
+                break
+            used = self._used()
+        changed = self._gauge.read(used)
+        if not changed and self._known:
+            return
+        self._known = True  # a guardian before us may have left its word
+        if self._gauge.level is Level.FINE:
+            self._client.delete(keys.FULL)
+            if changed:
+                yield Room()
+        else:
+            self._client.set(keys.FULL, f"{used} of {self._memory} bytes are used")
+            yield Full(used, self._memory, self._gauge.level is Level.ALL_REFUSED)
+
+    def _used(self) -> int:
+        return int(self._client.info("memory")["used_memory"])
