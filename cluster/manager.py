@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 import warnings
@@ -45,6 +44,7 @@ from cluster.model import (
 from cluster.plan import Plan, count, make_plan, seconds
 from cluster.progress import Display
 from cluster.readiness import Verdict, decide
+from cluster.rundir import RunDirectory, leftovers
 from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
 from cluster.wire import keys
 from cluster.wire.exitcodes import ExitCode
@@ -142,6 +142,7 @@ class Cluster:
         self._id = secrets.token_hex(4)
         self._pid = os.getpid()
         self._state = State.NEW
+        self._directory: RunDirectory | None = None
         self._broker: Broker | None = None
         self._binding: Binding | None = None
         self._client: Redis | None = None
@@ -296,21 +297,22 @@ class Cluster:
         name = plan.app.main or "without a name"
         server = f"{Path(plan.server.path).name} {plan.server.version}"
         display.show(f"Starting workers for the app {name} and a broker ({server})")
-        directory = Path(tempfile.mkdtemp(prefix=f"cluster-{self._id}-"))
-        spec = self._spec(directory)
+        self._sweep()
+        self._directory = RunDirectory(self._id)
+        spec = self._spec(self._directory.path)
         try:
             plan.launcher.prepare(spec)
             self._broker = Broker(
                 plan.server,
                 host=plan.host,
                 secret=new_secret(),
-                directory=directory,
+                directory=self._directory.path,
                 workers=plan.workers,
                 limits=plan.limits,
                 on_event=self._on_event,
             )
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            self._directory.remove()
             raise
         # Here rather than above: that takes as long as a broker needs to start.
         from cluster.binding import Binding
@@ -326,6 +328,7 @@ class Cluster:
             spec=self._with_broker(spec, endpoint, self._binding),
             wanted=plan.workers,
             patience=plan.timeout,
+            max_deliveries=plan.limits.max_deliveries,
             client=self._client,
             binding=self._binding,
             side=plan.side,
@@ -364,6 +367,21 @@ class Cluster:
         if self._supervisor.failure is not None:
             self._on_failure(self._supervisor.failure)  # in the moment before
         display.say(f"{ready} of {plan.workers} workers ready after {elapsed:.1f} s")
+
+    def _sweep(self) -> None:
+        """End and remove what managers have left that crashed on this machine."""
+        for cluster_id, path in leftovers():
+            refs = self.launcher.find(cluster_id)
+            self.launcher.terminate(refs, reason="its manager is gone")
+            self.launcher.close(cluster_id)
+            shutil.rmtree(path, ignore_errors=True)
+            logger.warning(
+                "A manager had crashed here. What was left of its cluster %s has been removed: "
+                "%s, %d workers.",
+                cluster_id,
+                path,
+                len(refs),
+            )
 
     def _spec(self, directory: Path) -> WorkerSpec:
         return WorkerSpec(
@@ -627,6 +645,8 @@ class Cluster:
         if self._broker is not None:
             self._broker.stop()
             self._broker = None
+        if self._directory is not None:
+            self._directory.let_go()
 
     # -- state ----------------------------------------------------------------------------
 

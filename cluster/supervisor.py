@@ -80,6 +80,7 @@ class Supervisor(threading.Thread):
         spec: what they boot from.
         wanted: how many there should be.
         patience: seconds to wait for one to become ready where none is any more.
+        max_deliveries: how often a task's process may die.
         client: of the broker; this thread's own.
         binding: the app, bound.
         side: what the manager runs, and workers must, too.
@@ -95,6 +96,7 @@ class Supervisor(threading.Thread):
         spec: WorkerSpec,
         wanted: int,
         patience: float,
+        max_deliveries: int,
         client: Redis,
         binding: Binding,
         side: Side,
@@ -114,7 +116,7 @@ class Supervisor(threading.Thread):
         self._launcher = launcher
         self._spec = spec
         self._client = client
-        self._scripts = Scripts(client)
+        self._scripts = Scripts(client, max_deliveries)
         self._binding = binding
         self._pinger = Pinger(binding.app)
         self._on_failure = on_failure

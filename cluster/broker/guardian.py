@@ -12,14 +12,13 @@ It runs as ``python -m cluster.broker.guardian``, in a session of its own; see
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ from cluster.companion import Leash
 from cluster.jsonlines import decode, encode
 from cluster.logfile import last_lines
 from cluster.model import Endpoint
+from cluster.parent import end_with_parent
 from cluster.restarts import Restarts
 from cluster.wire import secret
 
@@ -67,9 +67,6 @@ PORT_ATTEMPTS = 5
 
 #: Seconds that workers get at the end to hear of it before the server goes.
 FAREWELL = 1.5
-
-#: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
-PR_SET_PDEATHSIG = 1
 
 #: Lines of the server's log that go into an error.
 LOG_TAIL = 20
@@ -144,7 +141,8 @@ class Guardian:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 (the guardian has no threads)
+                # When somebody kills the guardian as well as the manager.
+                preexec_fn=partial(end_with_parent, os.getpid()),  # noqa: PLW1509 (no threads here)
             )
         assert self.server.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.server.stdin as stdin:
@@ -273,13 +271,6 @@ class Guardian:
 
     def _emit(self, event: Event) -> None:
         self._leash.say(encode(event))
-
-
-def _end_with_parent() -> None:
-    """In the server's process: when somebody kills the guardian as well as the manager, Linux
-    ends it. The guardian has one thread, at whose end the signal is sent (prctl(2))."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_port(host: str) -> int:

@@ -28,6 +28,11 @@ LOOK_EVERY = 0.1
 #: Seconds for it to end.
 END_TIMEOUT = 2.0
 
+#: The file for what it prints; each worker has one of its own beside it.
+FORK_SERVER_LOG = "forkserver.log"
+
+_STDOUT = 1
+
 #: Lines of its log that go into an error.
 LOG_TAIL = 20
 
@@ -40,7 +45,7 @@ class Process:
         self._handle: psutil.Process | None = None
         self._code: int | None = None
         self.failure = ""
-        self.lost = False
+        self._lost = False
 
     @property
     def pid(self) -> int:
@@ -56,6 +61,11 @@ class Process:
     def over(self) -> bool:
         """Whether it has ended, or its end can't be reported any more."""
         return self.lost or self._code is not None
+
+    @property
+    def lost(self) -> bool:
+        """Whether its end can't be reported any more."""
+        return self._lost
 
     def poll(self) -> int | None:
         """Its exit code as in ``subprocess``, or ``None`` while it runs or if nobody knows."""
@@ -112,7 +122,45 @@ class Process:
         """The fork server is gone, and with it whoever could report."""
         if self._code is None:
             self.kill_all()
-            self.lost = True
+            self._lost = True
+
+
+class Stray(Process):
+    """A worker's main process whose manager is another one, and mostly gone: nobody reports."""
+
+    def __init__(self, handle: psutil.Process) -> None:
+        super().__init__(threading.Condition())
+        self._handle = handle
+
+    @property
+    def lost(self) -> bool:
+        assert self._handle is not None
+        try:
+            return not self._handle.is_running() or self._handle.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+
+def strays(cluster_id: str) -> Mapping[str, tuple[Stray, Path]]:
+    """The main processes of a cluster's workers on this machine, with their logs, by their ids.
+
+    They are known by what all forks of a fork server have in their environment, and by leading
+    a session whose output goes to a worker's log.
+    """
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("CLUSTER_ID") != cluster_id:
+                continue
+            if process.pid != os.getsid(process.pid):
+                continue
+            logs = [Path(file.path) for file in process.open_files() if file.fd == _STDOUT]
+        except (psutil.Error, ProcessLookupError):
+            continue  # it has just ended, or is another user's
+        for log in logs:
+            if log.suffix == ".log" and log.name != FORK_SERVER_LOG:
+                found[log.stem] = Stray(process), log
+    return found
 
 
 def wait_for(processes: Sequence[Process], timeout: float) -> Sequence[Process]:
@@ -140,7 +188,7 @@ class ForkServer:
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         self._changed = threading.Condition()
         self._processes: dict[str, Process] = {}
-        self._log = directory / "forkserver.log"
+        self._log = directory / FORK_SERVER_LOG
         self._gone = False
         try:
             self._companion = Companion(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from cluster.errors import LaunchError
 from cluster.interpreter import original_python_path, search_path
 from cluster.launchers.echo import Echo
-from cluster.launchers.forkserver import ForkServer, Process, wait_for
+from cluster.launchers.forkserver import ForkServer, Process, strays, wait_for
 from cluster.logfile import last_lines
 from cluster.model import (
     Finding,
@@ -221,7 +221,7 @@ class LocalLauncher:
         code = process.poll()
         if code is None:
             if process.lost:
-                return WorkerStatus(Phase.FAILED, final=True, reason="its fork server has ended")
+                return WorkerStatus(Phase.FAILED, final=True, reason="nobody saw how it ended")
             if process.failure:
                 return WorkerStatus(Phase.FAILED, final=True, reason=process.failure)
             return WorkerStatus(Phase.RUNNING, reason=f"process {process.pid}")
@@ -247,16 +247,18 @@ class LocalLauncher:
 
     def close(self, cluster_id: str) -> None:
         run = self._runs.pop(cluster_id, None)
-        if run is None:
-            return
-        run.server.end()
-        if run.echo is not None:
-            run.echo.end()
+        if run is not None:
+            run.server.end()
+            if run.echo is not None:
+                run.echo.end()
         for ref in [ref for ref, one in self._workers.items() if one.cluster_id == cluster_id]:
             del self._workers[ref]
 
     def find(self, cluster_id: str) -> Sequence[WorkerRef]:
-        # Those of another manager aren't looked for: they end when it does.
+        if cluster_id not in self._runs:
+            for worker, (process, log) in strays(cluster_id).items():
+                ref = WorkerRef(worker, self.name)
+                self._workers.setdefault(ref, _Worker(cluster_id, process, log))
         return [
             ref
             for ref, worker in self._workers.items()

@@ -20,7 +20,7 @@ from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
 from celery.exceptions import TimeoutError as ResultTimeoutError
-from celery.states import EXCEPTION_STATES, READY_STATES
+from celery.states import EXCEPTION_STATES, FAILURE, READY_STATES, SUCCESS
 from celery.utils.log import get_logger
 from kombu import Connection
 from kombu.transport.redis import Channel
@@ -215,23 +215,11 @@ class Backend(RedisBackend):  # type: ignore[misc]
         finally:
             self._waiting.until = None
 
-    def _set(self, key: str, value: Any, expires: int | None = None) -> None:
-        self.check_open()
-        node = identity.current()
-        seconds = int((self.expires if expires is None else expires) or 0)
-        if node is None:
-            with self.client.pipeline() as pipe:
-                pipe.set(key, value, ex=seconds or None)
-                pipe.publish(key, value)
-                pipe.execute()
-            return
-        script = self.client.register_script(STORE)
-        guarded(node, partial(script, keys=[keys.FENCED, key], args=[node, value, seconds]))
+    # -- storing --------------------------------------------------------------
 
     def set(self, key: str, value: Any, **kwargs: Any) -> Any:
-        limit = self.app.conf.broker_transport_options.get("cluster_message_limit", 0)
-        if limit:
-            check_size("The result is too large", len(value), limit)
+        """What isn't a task's result: that of a group, say."""
+        self.check_open()
         try:
             return super().set(key, value, **kwargs)
         except ResponseError as error:
@@ -239,17 +227,62 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 refuse_as_full(str(error))
             raise
 
+    def _set(self, key: Any, value: Any, expires: int | None = None) -> None:
+        seconds = int((self.expires if expires is None else expires) or 0)
+        with self.client.pipeline() as pipe:
+            pipe.set(key, value, ex=seconds or None)
+            pipe.publish(key, value)
+            pipe.execute()
+
     def _store_result(
-        self, task_id: str, result: Any, state: str, traceback: Any = None, **kwargs: Any
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any = None,
+        request: Any = None,
+        **_: Any,
     ) -> Any:
+        """Success is final, and so is any end beside what isn't one. Celery looks and stores in two
+        steps; a task that runs again while its first run stores something could undo its end."""
         try:
-            return super()._store_result(task_id, result, state, traceback, **kwargs)
-        except _Freed:
-            return result  # the task ran again, and its first result has been delivered
+            value = self._encode_meta(task_id, result, state, traceback, request)
         except MessageTooLarge as error:
             if state not in EXCEPTION_STATES:
                 raise  # it fails the task
-            return super()._store_result(task_id, self.prepare_exception(error), state, **kwargs)
+            value = self._encode_meta(task_id, self.prepare_exception(error), state, None, request)
+        key = self.get_key_for_task(task_id)
+        expires = self.failure_expires if state == FAILURE else self.expires
+        while True:
+            stored = self.client.get(key)
+            if stored == FREED:
+                break  # it ran again, and its first result has been delivered
+            status = self.decode(stored)["status"] if stored else None
+            if status == SUCCESS or (status in READY_STATES and state not in READY_STATES):
+                break
+            if self.ensure(self._store, (key, value, int(expires or 0), stored or b"")):
+                break
+        return result
+
+    def _encode_meta(
+        self, task_id: str, result: Any, state: str, traceback: Any, request: Any
+    ) -> Any:
+        meta = self._get_result_meta(
+            result=result, state=state, traceback=traceback, request=request
+        )
+        meta["task_id"] = task_id
+        value = self.encode(meta)
+        limit = self.app.conf.broker_transport_options.get("cluster_message_limit", 0)
+        if limit:
+            check_size("The result is too large", len(value), limit)
+        return value
+
+    def _store(self, key: Any, value: Any, seconds: int, stored: bytes) -> bool:
+        self.check_open()
+        node = identity.current()
+        script = self.client.register_script(STORE)
+        store = partial(script, keys=[keys.FENCED, key], args=[node or "", value, seconds, stored])
+        return bool(guarded(node, store) if node else store())
 
     # -- chords ---------------------------------------------------------------
 

@@ -248,10 +248,13 @@ end
 return tonumber(ARGV[1])
 """
 
-#: Store a result and tell who waits. KEYS: fence, result. ARGV: node, value, expiry in s or 0.
+#: Store a result and tell who waits. KEYS: fence, result. ARGV: node, or '' outside of a worker;
+#: value, expiry in s or 0, and what is there, or '': if it is something else by now, nothing is
+#: stored. Returns whether it was.
 STORE = (
     _FENCE
     + """
+if (redis.call('GET', KEYS[2]) or '') ~= ARGV[4] then return 0 end
 if tonumber(ARGV[3]) > 0 then
   redis.call('SETEX', KEYS[2], ARGV[3], ARGV[2])
 else

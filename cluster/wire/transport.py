@@ -307,6 +307,10 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     # -- publishing -----------------------------------------------------------
 
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
+        if self.connection is None:
+            # Another thread met a broken connection and closed it with all its channels. In this
+            # way kombu hears of it as of any other, and takes a new one.
+            raise RedisConnectionError("the channel is closed")
         publisher, number, raw = self._stamp(message)
         self._check_size(message, raw)
         priority = self._get_message_priority(message, reverse=False)

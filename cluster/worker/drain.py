@@ -34,6 +34,7 @@ class Drain:
     """The worker's way out; it is taken once."""
 
     def __init__(self) -> None:
+        self._worker: Any = None
         self._hub: Any = None
         self._code: int | None = None
         self._until = float("inf")
@@ -49,10 +50,11 @@ class Drain:
         """Whether there is an event loop that can carry it out."""
         return self._hub is not None
 
-    def attach(self, hub: Any) -> None:
-        """Use the worker's event loop, from now on."""
-        self._hub = hub
-        self._wake.attach(hub, self._on_wake)
+    def attach(self, worker: Any) -> None:
+        """Use this Celery worker's event loop, from now on."""
+        self._worker = worker
+        self._hub = worker.hub
+        self._wake.attach(worker.hub, self._on_wake)
 
     def begin(self, code: int, grace: float) -> None:
         """Leave. From any thread or a signal handler; a later call can only shorten the grace.
@@ -77,7 +79,7 @@ class Drain:
     def _look(self) -> None:
         if state.should_stop is not None:
             return
-        running = _running()
+        running = self._running()
         if running and time.monotonic() < self._until:
             self._hub.call_later(LOOK_EVERY, self._look)
             return
@@ -99,9 +101,15 @@ class Drain:
             # The guardian does it when it misses us.
             logger.warning("Couldn't hand back what is unfinished (%s).", error)
 
-
-def _running() -> bool:
-    """Whether a task runs or is about to; one with an ETA in the future isn't."""
-    return bool(state.active_requests) or any(
-        not request.eta for request in tuple(state.reserved_requests)
-    )
+    def _running(self) -> bool:
+        """Whether a task runs or is about to; one that waits for its ETA or for the rate limit of
+        its kind isn't."""
+        limited = {
+            request.id
+            for bucket in self._worker.consumer.task_buckets.values()
+            for request, _ in (bucket.contents if bucket else ())
+        }
+        return bool(state.active_requests) or any(
+            not request.eta and request.id not in limited
+            for request in tuple(state.reserved_requests)
+        )

@@ -6,7 +6,8 @@ imported. It has no threads, and imports nothing of the user's: a fork copies
 neither a thread nor a connection, and would give every worker the same random
 numbers.
 
-It ends with the manager; a worker whose parent has changed ends itself.
+It ends with the manager, and sees to it that the workers have ended before: one
+that holds the GIL, as it imports the app, say, doesn't notice by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import selectors
 import signal
 import sys
 import time
@@ -25,6 +27,10 @@ from cluster.companion import Leash
 from cluster.forkorders import Ended, Event, Fork, Forked, NotForked
 from cluster.interpreter import restore_search_path
 from cluster.jsonlines import decode, encode
+from cluster.parent import end_with_parent
+
+#: Seconds for workers to leave when the manager is gone.
+LEAVE_WITHIN = 2.0
 
 #: What a worker imports, up to its first task.
 PRELOAD = (
@@ -66,13 +72,25 @@ class ForkServer:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
     def run(self) -> bool:
-        """Until the manager is gone: false. In a worker just forked: true."""
+        """Fork as told. Until the manager is gone: false. In a worker just forked: true."""
         while not self._leash.wait(self._wake):
             self._reap()
             while (line := self._leash.line()) is not None:
                 if self._fork_all(decode(line, Fork)):
                     return True
         return False
+
+    def end_workers(self) -> None:
+        """The manager is gone: the guardian tells the workers, and they leave. End who doesn't."""
+        deadline = time.monotonic() + LEAVE_WITHIN
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ)
+            while self._workers and (left := deadline - time.monotonic()) > 0:
+                selector.select(left)
+                self._reap()
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
 
     def _fork_all(self, order: Fork) -> bool:
         for worker in order.workers:
@@ -91,6 +109,7 @@ class ForkServer:
     def _become(self, worker: str, order: Fork) -> None:
         """In a worker just forked: be as a process started by itself would be."""
         os.setsid()
+        end_with_parent(self._pid)
         self._leash.drop()
         signal.set_wakeup_fd(-1)
         for pipe in self._pipes:
@@ -141,13 +160,15 @@ def main() -> None:
         import_module(module)
     gc.freeze()
     gc.enable()
+    server = ForkServer(leash)
     try:
-        forked = ForkServer(leash).run()
+        forked = server.run()
     except OSError:
         # In a worker, if its directory is gone, say.
         traceback.print_exc()
         os._exit(1)
     if not forked:
+        server.end_workers()
         os._exit(0)
     from cluster.worker import boot
 

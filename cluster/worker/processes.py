@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import psutil
 from celery.signals import worker_process_shutdown
 
+from cluster.parent import end_with_parent
+
 _main = 0
 _read_end = -1
 _write_end = -1
@@ -87,6 +89,7 @@ def reset_in_children(number: signal.Signals) -> None:
 def begin_child(**_: object) -> None:
     """In a pool's child, as Celery's ``worker_process_init`` says that it starts: end it
     when the main process has ended."""
+    end_with_parent(_main)
     threading.Thread(target=_wait_for_main, name="cluster-lifeline", daemon=True).start()
     # Only now, so that it comes after all receivers that the app has connected.
     worker_process_shutdown.connect(_end_child)

@@ -39,6 +39,12 @@ class Request(CeleryRequest):  # type: ignore[misc]
             return None
         return super().on_failure(exc_info, *args, **kwargs)
 
+    def _success_was_stored(self) -> Any:
+        """What is stored of a task that was done when its process died, and need not run again. A
+        chord's member is only done once it has been counted, which comes after that; it is
+        counted once, however often it runs."""
+        return False if self.chord else super()._success_was_stored()
+
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         ledger = current_ledger()
         if self.eta and ledger is not None:

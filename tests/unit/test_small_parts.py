@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,7 +163,7 @@ def test_a_worker_hands_back_after_what_has_ended_is_acknowledged(monkeypatch):
     hub = Hub()
     try:
         drain = drain_module.Drain()
-        drain.attach(hub)
+        drain.attach(SimpleNamespace(hub=hub, consumer=SimpleNamespace(task_buckets={})))
         drain.begin(0, 10)
         # One turn: the loop hears that it is over, and that a task has ended.
         drain._on_wake()
