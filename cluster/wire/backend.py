@@ -161,6 +161,13 @@ class Backend(RedisBackend):  # type: ignore[misc]
         _check_kept(key, value)
         return value
 
+    def get_many(
+        self, task_ids: Any, *args: Any, max_iterations: int | None = None, **kwargs: Any
+    ) -> Any:
+        if max_iterations == 1:
+            kwargs["interval"] = 0  # Celery's would sleep half a second after it has looked
+        return super().get_many(task_ids, *args, max_iterations=max_iterations, **kwargs)
+
     def mget(self, keys: Any) -> Any:
         self.check_open()
         values = super().mget(keys)
