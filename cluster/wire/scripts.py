@@ -5,7 +5,9 @@ unacknowledged messages, or the list of those given up. Each script moves it
 whole, and each that acts for a node asks the fence first, so that a node that
 was declared dead changes nothing any more.
 
-An entry in a node's hash is ``cmsgpack{queue list, wake list, raw message}``.
+An entry in a node's hash is ``cmsgpack{queue list, wake list}``. The message itself lies beside
+it, in a list of one that is named after the hash and the number: moved from list to list it is
+neither copied through Lua nor written to the append-only file once more.
 """
 
 from __future__ import annotations
@@ -41,21 +43,25 @@ local function waiting(raw)
   local headers = fine and type(message) == 'table' and message.headers
   return type(headers) == 'table' and type(headers.eta) == 'string'
 end
-local function give_back(entry, returns, given_up, most, node, where, how, started)
-  local e = cmsgpack.unpack(entry)
-  if how ~= '' and (started or not waiting(e[3])) then
-    local digest = redis.sha1hex(e[3])
+local function give_back(hash, number, returns, given_up, most, node, where, how, started)
+  local e = cmsgpack.unpack(redis.call('HGET', hash, number))
+  local held = hash .. ':' .. number
+  redis.call('HDEL', hash, number)
+  local raw = how ~= '' and redis.call('LINDEX', held, 0)
+  if raw and (started or not waiting(raw)) then
+    local digest = redis.sha1hex(raw)
     local before = redis.call('HGET', returns, digest)
     local deaths = before and cjson.decode(before) or {}
     deaths[#deaths + 1] = {node, how}
     if #deaths >= most then
       redis.call('HDEL', returns, digest)
-      redis.call('LPUSH', given_up, cjson.encode({message = e[3], deaths = deaths}))
+      redis.call('DEL', held)
+      redis.call('LPUSH', given_up, cjson.encode({message = raw, deaths = deaths}))
       return
     end
     redis.call('HSET', returns, digest, cjson.encode(deaths))
   end
-  redis.call(where == 'front' and 'RPUSH' or 'LPUSH', e[1], e[3])
+  redis.call('LMOVE', held, e[1], 'LEFT', where == 'front' and 'RIGHT' or 'LEFT')
   redis.call('LPUSH', e[2], '1')
 end
 """
@@ -82,11 +88,11 @@ TAKE = (
     + """
 local lists, queues = tonumber(ARGV[2]), tonumber(ARGV[3])
 for i = 0, lists - 1 do
-  local raw = redis.call('RPOP', KEYS[5 + i])
-  if raw then
+  if redis.call('EXISTS', KEYS[5 + i]) == 1 then
     local number = redis.call('INCR', KEYS[3])
     local wake = KEYS[5 + lists + i % queues]
-    redis.call('HSET', KEYS[2], number, cmsgpack.pack({KEYS[5 + i], wake, raw}))
+    local raw = redis.call('LMOVE', KEYS[5 + i], KEYS[2] .. ':' .. number, 'RIGHT', 'LEFT')
+    redis.call('HSET', KEYS[2], number, cmsgpack.pack({KEYS[5 + i], wake}))
     local returned = 0
     if redis.call('EXISTS', KEYS[4]) == 1 then
       local deaths = redis.call('HGET', KEYS[4], redis.sha1hex(raw))
@@ -104,10 +110,12 @@ return redis.call('HLEN', KEYS[2])
 ACK = (
     _FENCE
     + """
+local held = KEYS[2] .. ':' .. ARGV[2]
 if redis.call('EXISTS', KEYS[3]) == 1 then
-  local entry = redis.call('HGET', KEYS[2], ARGV[2])
-  if entry then redis.call('HDEL', KEYS[3], redis.sha1hex(cmsgpack.unpack(entry)[3])) end
+  local raw = redis.call('LINDEX', held, 0)
+  if raw then redis.call('HDEL', KEYS[3], redis.sha1hex(raw)) end
 end
+redis.call('DEL', held)
 redis.call('SREM', KEYS[4], ARGV[2])
 local found = redis.call('HDEL', KEYS[2], ARGV[2])
 if found == 1 then redis.call('HINCRBY', KEYS[5], ARGV[1], 1) end
@@ -121,11 +129,9 @@ REJECT = (
     _FENCE
     + _GIVE_BACK
     + """
-local entry = redis.call('HGET', KEYS[2], ARGV[2])
-if not entry then return 0 end
-redis.call('HDEL', KEYS[2], ARGV[2])
+if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then return 0 end
 redis.call('SREM', KEYS[5], ARGV[2])
-give_back(entry, KEYS[3], KEYS[4], tonumber(ARGV[3]), ARGV[1], 'back', ARGV[4], true)
+give_back(KEYS[2], ARGV[2], KEYS[3], KEYS[4], tonumber(ARGV[3]), ARGV[1], 'back', ARGV[4], true)
 return 1
 """
 )
@@ -139,10 +145,8 @@ RECONCILE = (
     + """
 local lost = 0
 for i = 2, #ARGV do
-  local entry = redis.call('HGET', KEYS[2], ARGV[i])
-  if entry then
-    redis.call('HDEL', KEYS[2], ARGV[i])
-    give_back(entry, KEYS[3], KEYS[4], 0, ARGV[1], 'front', '', false)
+  if redis.call('HEXISTS', KEYS[2], ARGV[i]) == 1 then
+    give_back(KEYS[2], ARGV[i], KEYS[3], KEYS[4], 0, ARGV[1], 'front', '', false)
     lost = lost + 1
   end
 end
@@ -173,7 +177,7 @@ redis.call('HDEL', KEYS[5], ARGV[1])
 if redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[3]) == 0 then return -1 end
 local numbers = numbers_of(KEYS[2])
 for _, number in ipairs(numbers) do
-  give_back(redis.call('HGET', KEYS[2], number), KEYS[3], KEYS[4],
+  give_back(KEYS[2], number, KEYS[3], KEYS[4],
             tonumber(ARGV[2]), ARGV[1], 'front', ARGV[4] == '1' and ARGV[3] or '',
             redis.call('SISMEMBER', KEYS[6], number) == 1)
 end
