@@ -7,9 +7,11 @@ where Celery's own would wait on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -28,7 +30,8 @@ from kombu.utils.objects import cached_property
 from redis import ConnectionPool, Redis
 from redis.backoff import AbstractBackoff
 from redis.client import PubSub
-from redis.exceptions import ResponseError
+from redis.commands.core import Script
+from redis.exceptions import ResponseError, WatchError
 from redis.retry import Retry
 
 from cluster.errors import BrokerLost, ClusterError
@@ -38,7 +41,7 @@ from cluster.wire.chord import PartReturn
 from cluster.wire.client import lean
 from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_refusal
 from cluster.wire.refusals import MessageTooLarge, check_size, refuse_as_full
-from cluster.wire.scripts import DELIVER, FREED, STORE
+from cluster.wire.scripts import DELIVER, FENCED_REPLY, FREED, LARGE, STORE
 
 logger = get_logger(__name__)
 
@@ -287,9 +290,37 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _store(self, key: Any, value: Any, seconds: int, stored: bytes) -> bool:
         self.check_open()
         node = identity.current()
-        script = self.client.register_script(STORE)
-        store = partial(script, keys=[keys.FENCED, key], args=[node or "", value, seconds, stored])
+        store: Callable[[], bool]
+        if len(value) > LARGE:
+            store = partial(self._store_large, node or "", key, value, seconds, stored)
+        else:
+            store = partial(
+                self._store_script,
+                keys=[keys.FENCED, key],
+                args=[node or "", value, seconds, stored],
+            )
         return bool(guarded(node, store) if node else store())
+
+    @cached_property  # type: ignore[untyped-decorator]
+    def _store_script(self) -> Script:
+        return self.client.register_script(STORE)
+
+    def _store_large(self, node: str, key: Any, value: Any, seconds: int, stored: bytes) -> bool:
+        """What STORE does, without the copies that Lua makes of a value. The fence changes when
+        a worker dies and at no other time, so this is hardly ever done twice."""
+        with self.client.pipeline() as pipe:
+            while True:
+                with contextlib.suppress(WatchError):
+                    pipe.watch(keys.FENCED, key)
+                    if pipe.hexists(keys.FENCED, node):
+                        raise ResponseError(FENCED_REPLY)
+                    if (pipe.get(key) or b"") != stored:
+                        return False
+                    pipe.multi()
+                    pipe.set(key, value, ex=seconds or None)
+                    pipe.publish(key, value)
+                    pipe.execute()
+                    return True
 
     # -- chords ---------------------------------------------------------------
 

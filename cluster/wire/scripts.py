@@ -28,13 +28,17 @@ FENCED_REPLY = f"{FENCED_ERROR} this node was declared dead"
 #: The first word of the error by which REGISTER refuses a name in use.
 TAKEN_ERROR = "TAKEN"
 
+#: Bytes from which on a value isn't passed through a script: Lua and the server copy it five
+#: times, which takes longer than a second round trip.
+LARGE = 64 * 2**10
+
 _FENCE = f"""
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then
   return redis.error_reply('{FENCED_REPLY}')
 end
 """
 
-# give_back(entry, returns key, given-up key, most deliveries, node, 'front' or 'back',
+# give_back(hash, number, returns key, given-up key, most deliveries, node, 'front' or 'back',
 # how it died or '' if nobody did, started). A task with an ETA is held long before it is run,
 # and has killed nobody unless it had started.
 _GIVE_BACK = """
@@ -83,12 +87,14 @@ end
 #: many the node holds, so that it can tell whether a reply was lost. The tokens
 #: are cleared then, so that who blocks on them next is woken by a message
 #: published from now on and by no older one.
+#: (To make the counter last changes nothing; but see ANNOUNCE: a full broker must hand out.)
 TAKE = (
     _FENCE
     + """
 local lists, queues = tonumber(ARGV[2]), tonumber(ARGV[3])
 for i = 0, lists - 1 do
   if redis.call('EXISTS', KEYS[5 + i]) == 1 then
+    redis.call('PERSIST', KEYS[3])
     local number = redis.call('INCR', KEYS[3])
     local wake = KEYS[5 + lists + i % queues]
     local raw = redis.call('LMOVE', KEYS[5 + i], KEYS[2] .. ':' .. number, 'RIGHT', 'LEFT')
