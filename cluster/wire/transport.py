@@ -179,6 +179,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         self._waiting = False
         self._publisher = secrets.token_hex(8)
         self._published = 0
+        self._client: Any = None
         if self.node is not None:
             self.QoS = QoS
         super().__init__(*args, **kwargs)
@@ -304,6 +305,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             connection = getattr(client, "connection", None)
             if connection is not None:
                 connection.disconnect()
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """kombu makes one a command, which takes a fifth of the time of a publish."""
+        if asynchronous:
+            return super()._create_client(asynchronous)
+        if self._client is None or self._client.connection_pool is not self.pool:
+            self._client = super()._create_client()
+        return self._client
 
     # -- publishing -----------------------------------------------------------
 
