@@ -303,7 +303,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     @cached_property  # type: ignore[untyped-decorator]
     def _store_script(self) -> Script:
-        return self.client.register_script(STORE)
+        script: Script = self.client.register_script(STORE)
+        return script
 
     def _store_large(self, node: str, key: Any, value: Any, seconds: int, stored: bytes) -> bool:
         """What STORE does, without the copies that Lua makes of a value. The fence changes when

@@ -413,6 +413,11 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
 
     Channel = Channel
 
+    #: Without these kombu takes all errors for the same, and gives up at the second in a row
+    #: (kombu/connection.py, ensure), however patient the app's ``task_publish_retry_policy``.
+    recoverable_connection_errors = kombu_redis.Transport.connection_errors
+    recoverable_channel_errors = ()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
@@ -443,7 +448,7 @@ def _put_large(client: Any, names: list[str], number: int, raw: str, outside: in
                 pipe.multi()
                 pipe.lpush(into, raw)
                 pipe.lpush(wake, "1")
-                pipe.setex(published, REMEMBER_PUBLISHED, number)
+                pipe.set(published, number, ex=REMEMBER_PUBLISHED)
                 pipe.execute()
                 return
 
