@@ -34,8 +34,8 @@ class Drain:
     """The worker's way out; it is taken once."""
 
     def __init__(self) -> None:
-        self._worker: Any = None
         self._hub: Any = None
+        self._warned = False
         self._code: int | None = None
         self._until = float("inf")
         self._wake = Wake()
@@ -50,11 +50,10 @@ class Drain:
         """Whether there is an event loop that can carry it out."""
         return self._hub is not None
 
-    def attach(self, worker: Any) -> None:
-        """Use this Celery worker's event loop, from now on."""
-        self._worker = worker
-        self._hub = worker.hub
-        self._wake.attach(worker.hub, self._on_wake)
+    def attach(self, hub: Any) -> None:
+        """Use the worker's event loop, from now on."""
+        self._hub = hub
+        self._wake.attach(hub, self._on_wake)
 
     def begin(self, code: int, grace: float) -> None:
         """Leave. From any thread or a signal handler; a later call can only shorten the grace.
@@ -79,11 +78,15 @@ class Drain:
     def _look(self) -> None:
         if state.should_stop is not None:
             return
-        running = self._running()
-        if running and time.monotonic() < self._until:
+        running = _running()
+        in_time = time.monotonic() < self._until
+        if in_time and (running or not self._hand_back()):
             self._hub.call_later(LOOK_EVERY, self._look)
             return
-        self._hand_back()
+        if not in_time:
+            self._hand_back()
+        # What waits for its time or its turn must not begin any more.
+        self._hub.timer.clear()
         assert self._code is not None
         if running:
             # Their messages are with others by now; Celery would take its time.
@@ -91,25 +94,24 @@ class Drain:
         state.should_stop = self._code
         self._wake()  # the loop is about to wait for something to happen
 
-    def _hand_back(self) -> None:
+    def _hand_back(self) -> bool:
         ledger = current_ledger()
         if ledger is None:
-            return
+            return True
         try:
             ledger.release("it left")
         except CONNECTION_ERRORS as error:
-            # The guardian does it when it misses us.
-            logger.warning("Couldn't hand back what is unfinished (%s).", error)
+            # If there is no more time, the guardian does it when it misses us.
+            if not self._warned:
+                logger.warning("Can't hand back what is unfinished yet (%s).", error)
+            self._warned = True
+            return False
+        return True
 
-    def _running(self) -> bool:
-        """Whether a task runs or is about to; one that waits for its ETA or for the rate limit of
-        its kind isn't."""
-        limited = {
-            request.id
-            for bucket in self._worker.consumer.task_buckets.values()
-            for request, _ in (bucket.contents if bucket else ())
-        }
-        return bool(state.active_requests) or any(
-            not request.eta and request.id not in limited
-            for request in tuple(state.reserved_requests)
-        )
+
+def _running() -> bool:
+    """Whether a task runs, or is about to, since the pool has it. One that waits for its ETA, or
+    for the rate limit of its kind, isn't."""
+    return bool(state.active_requests) or any(
+        request._apply_result is not None for request in tuple(state.reserved_requests)
+    )

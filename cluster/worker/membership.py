@@ -69,7 +69,7 @@ class Membership:
 
     def _listen_for_orders(self) -> None:
         hub = self._worker.hub
-        self._drain.attach(self._worker)
+        self._drain.attach(hub)
         # Celery looks when the child's end of a pipe closes, which is a moment
         # before it can be told dead, and then again after five seconds
         # (celery/concurrency/asynpool.py, _event_process_exit).

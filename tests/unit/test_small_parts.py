@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -159,11 +158,11 @@ def test_a_worker_hands_back_after_what_has_ended_is_acknowledged(monkeypatch):
     done: list[str] = []
     monkeypatch.setattr(state, "should_stop", None)
     monkeypatch.setattr(drain_module, "stop_taking", lambda: None)
-    monkeypatch.setattr(drain_module.Drain, "_hand_back", lambda _: done.append("handed back"))
+    monkeypatch.setattr(drain_module.Drain, "_hand_back", lambda _: not done.append("handed back"))
     hub = Hub()
     try:
         drain = drain_module.Drain()
-        drain.attach(SimpleNamespace(hub=hub, consumer=SimpleNamespace(task_buckets={})))
+        drain.attach(hub)
         drain.begin(0, 10)
         # One turn: the loop hears that it is over, and that a task has ended.
         drain._on_wake()
