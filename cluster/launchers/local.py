@@ -165,8 +165,11 @@ class LocalLauncher:
         )
 
     def _fork_server(self, spec: WorkerSpec) -> ForkServer:
-        # With the user's variables, for those that Python reads as it starts.
-        return ForkServer(spec.directory, {**self._options.environment, **spec.environment})
+        # With the user's variables, for those that Python reads as it starts; and without the
+        # secret, which everything that is forked would show as its environment.
+        environment = {**self._options.environment, **spec.environment}
+        environment.pop("CLUSTER_SECRET", None)
+        return ForkServer(spec.directory, environment)
 
     def launch(self, spec: WorkerSpec, count: int) -> Sequence[WorkerRef]:
         if count == 0:

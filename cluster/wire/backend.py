@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -48,6 +49,9 @@ logger = get_logger(__name__)
 #: Results whose delivery is noted together, and seconds after which fewer are.
 DELIVERIES_AT_ONCE = 100
 NOTE_EVERY = 0.5
+
+#: Failures in a row after which it is said that the results are out of reach.
+SAY_AFTER = 2
 
 
 class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
@@ -191,16 +195,16 @@ class Backend(RedisBackend):  # type: ignore[misc]
         }
 
     def on_connection_error(
-        self, _max_retries: int | None, error: Exception, _intervals: Any, retries: int
+        self, _max_retries: int | None, _error: Exception, _intervals: Any, retries: int
     ) -> float:
-        if retries == 0:
-            logger.warning("The results are out of reach (%s); trying again.", error)
         return self.pause(retries + 1)
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row; raises if that is in vain."""
         if failures == 1:
             self._waiting.since = monotonic()
+        if failures == SAY_AFTER:
+            logger.warning("The results are out of reach (%s); trying again.", sys.exception())
         self.check_open()
         if self._in_child and monotonic() - self._waiting.since > ORPHAN_TIMEOUT:
             raise BrokerLost(

@@ -187,6 +187,25 @@ def test_terminate_ends_workers_in_any_state(
     assert all(status.final and status.reason for status in launcher.describe(refs).values())
 
 
+def test_workers_of_a_manager_that_is_gone_are_found_and_ended(
+    launcher: Launcher, spec: WorkerSpec, client: redis.Redis, ended: list[WorkerRef]
+):
+    """By a launcher that has launched none of them: that of the next manager."""
+    refs = list(launcher.launch(spec, 2))
+    ended += refs
+    wait_until(lambda: client.llen(keys.JOINED) == 2, "both have joined")
+    successor = make(launcher.name, {})
+    found = list(successor.find(spec.cluster_id))
+    assert set(found) == set(refs)
+    assert list(successor.find("another cluster")) == []
+    assert not final(successor, found)
+    assert all(successor.logs(ref) == launcher.logs(ref) for ref in refs)
+    successor.terminate(found, reason="their manager is gone")
+    wait_until(lambda: final(launcher, refs) and final(successor, found), "they are ended")
+    assert list(successor.find(spec.cluster_id)) == []
+    successor.close(spec.cluster_id)
+
+
 def test_a_worker_that_cannot_import_its_app_says_so(
     launcher: Launcher, spec_for: Callable[[AppRef], WorkerSpec], ended: list[WorkerRef]
 ):
