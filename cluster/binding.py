@@ -26,7 +26,8 @@ from celery.app import defaults as celery_defaults
 from cluster.errors import ClusterError, ConfigurationError, StateError
 from cluster.model import Endpoint
 from cluster.settings import CELERY_OVERRIDES, SOCKET_TIMEOUT
-from cluster.wire import ending, keys
+from cluster.wire import deliveries, ending, keys
+from cluster.wire.deliveries import Deliveries
 from cluster.wire.secret import broker_url, password
 
 if TYPE_CHECKING:
@@ -192,6 +193,11 @@ class Binding:
         changes.update(values)
         self.app.backend_cls = values["result_backend"]
         self._backend: Backend = self.app.backend
+
+    @property
+    def deliveries(self) -> Deliveries:
+        """What this process and the broker tell each other about results."""
+        return deliveries.of(self._password)
 
     @property
     def set_aside(self) -> Mapping[str, str]:

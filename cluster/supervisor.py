@@ -29,7 +29,7 @@ from cluster.roster import Roster, Seat
 from cluster.wire import givenup, keys
 from cluster.wire.ledger import CONNECTION_ERRORS, is_refusal
 from cluster.wire.registration import decode
-from cluster.wire.scripts import Scripts
+from cluster.wire.scripts import DELIVER, Scripts
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -186,6 +186,7 @@ class Supervisor(threading.Thread):
         try:
             self._listen()
             self._give_up()
+            self._note_deliveries()
             self._confirm()
             self._release()
             self._refused = False
@@ -284,6 +285,15 @@ class Supervisor(threading.Thread):
             # A callback of the user's, for one: that is no reason to end the cluster.
             logger.exception("What waits for %s couldn't be told.", request.id)
 
+    def _note_deliveries(self) -> None:
+        """Tell the broker which results it may free."""
+        while delivered := self._binding.deliveries.take(AT_ONCE):
+            try:
+                self._client.eval(DELIVER, 1, keys.DELIVERED, *delivered)
+            except BaseException:
+                self._binding.deliveries.put_back(delivered)
+                raise
+
     def _confirm(self) -> None:
         with self.changed:
             nodes = self.roster.unanswered
@@ -325,6 +335,7 @@ class Supervisor(threading.Thread):
                 case Restarted(reason=reason):
                     logger.warning("The broker was restarted (%s); work goes on.", reason)
                 case Full(used=used, memory=memory, all=everything):
+                    self._binding.deliveries.refused = everything
                     logger.warning(
                         "The broker is full: %d of %d MiB are used. %s",
                         used // 2**20,
@@ -332,6 +343,8 @@ class Supervisor(threading.Thread):
                         ALL_REFUSED if everything else SENDERS_REFUSED,
                     )
                 case Room():
+                    self._binding.deliveries.refused = False
+                    self._client.delete(keys.AWAITED)
                     logger.warning("There is room in the broker again.")
 
     def _describe(self) -> None:

@@ -1,14 +1,16 @@
 """Keeps room in the broker: frees what was delivered, then refuses what comes from outside.
 
-The broker's memory is a part of the manager's, and is bounded. As it fills, three
+The broker's memory is a part of the manager's, and is bounded. As it fills, four
 things happen in turn:
 
 1. Results that the manager has got are freed, the first ones first.
 2. Messages from outside of workers are refused, to whoever sends them. Workers still
    store results and send on what a chain or a chord goes on with: else what is
    there could never be finished, and nothing become free.
-3. The server itself refuses all that needs memory. Workers wait with their results
-   until the manager has got some.
+3. Results are refused as well, save for those that somebody waits for, and failures.
+   Workers wait with theirs until the manager has got some.
+4. The server itself refuses all that needs memory. What is left before that is for
+   workers to join, and for all else that Celery keeps there.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from redis.exceptions import RedisError
 
 from cluster.broker.messages import Full, Room
 from cluster.wire import keys
-from cluster.wire.scripts import Scripts
+from cluster.wire.scripts import ALL_REFUSED, Scripts
 
 #: Parts of the memory: from the first on, what was delivered is freed; from the second on,
-#: senders are refused; from the third on, all is about to be.
-FREE_FROM, REFUSE_FROM, FULL_FROM = 0.5, 0.75, 0.95
+#: senders are refused; from the third on, results are.
+FREE_FROM, REFUSE_FROM, FULL_FROM = 0.4, 0.6, 0.8
 
 #: A level is left when less than this part of what it began at is used.
 LEAVE_AT = 0.9
@@ -118,8 +120,10 @@ class Memory:
             if changed:
                 yield Room()
         else:
-            self._client.set(keys.FULL, f"{used} of {self._memory} bytes are used")
-            yield Full(used, self._memory, self._gauge.level is Level.ALL_REFUSED)
+            everything = self._gauge.level is Level.ALL_REFUSED
+            words = f"{used} of {self._memory} bytes are used"
+            self._client.set(keys.FULL, f"{ALL_REFUSED}: {words}" if everything else words)
+            yield Full(used, self._memory, everything)
 
     def _used(self) -> int:
         return int(self._client.info("memory")["used_memory"])

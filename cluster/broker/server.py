@@ -123,7 +123,7 @@ def _fit(path: str, ask: Callable[[str], str]) -> Server | str:
 
 def configuration(
     *, host: str, port: int, password: str, directory: str, workers: int, memory: int
-) -> Mapping[str, str]:
+) -> Mapping[str, str | tuple[str, ...]]:
     """The server's settings, by https://redis.io/docs/latest/operate/oss_and_stack/management/config/.
 
     Args:
@@ -150,6 +150,9 @@ def configuration(
         "appendfsync": "no",
         # Refuse a write when memory is full; never drop a task.
         "maxmemory": str(memory),
+        # What waits for a subscriber that doesn't read is a part of it. A manager whose
+        # connection is cut subscribes anew, and asks for what it has missed.
+        "client-output-buffer-limit": ("pubsub", str(memory // 8), str(memory // 16), "5"),
         "maxmemory-policy": "noeviction",
         # Notice a client that vanished without a word.
         "tcp-keepalive": "10",
@@ -157,10 +160,14 @@ def configuration(
     }
 
 
-def write_configuration(settings: Mapping[str, str]) -> str:
+def write_configuration(settings: Mapping[str, str | tuple[str, ...]]) -> str:
     """The text the server reads from its standard input: never from its arguments,
     which everybody on the machine may read."""
-    return "".join(f"{name} {_quoted(value)}\n" for name, value in settings.items())
+    lines = []
+    for name, value in settings.items():
+        values = (value,) if isinstance(value, str) else value
+        lines.append(" ".join([name, *map(_quoted, values)]) + "\n")
+    return "".join(lines)
 
 
 def _quoted(value: str) -> str:

@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -20,35 +21,41 @@ from typing import Any
 import kombu.pools
 from celery import Celery
 from celery.app.amqp import AMQP
+from celery.backends.asynchronous import _waiting_on
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
 from celery.exceptions import TimeoutError as ResultTimeoutError
+from celery.result import ResultSet
 from celery.states import EXCEPTION_STATES, FAILURE, READY_STATES, SUCCESS
 from celery.utils.log import get_logger
 from kombu import Connection
 from kombu.transport.redis import Channel
+from kombu.utils.encoding import bytes_to_str
 from kombu.utils.objects import cached_property
 from redis import ConnectionPool, Redis
 from redis.backoff import AbstractBackoff
 from redis.client import PubSub
 from redis.commands.core import Script
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError, WatchError
 from redis.retry import Retry
 
 from cluster.errors import BrokerLost, ClusterError
 from cluster.settings import ORPHAN_TIMEOUT
-from cluster.wire import ending, identity, keys
+from cluster.wire import deliveries, ending, identity, keys
 from cluster.wire.chord import PartReturn
 from cluster.wire.client import lean
-from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_refusal
+from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_full, is_refusal
 from cluster.wire.refusals import MessageTooLarge, check_size, refuse_as_full
-from cluster.wire.scripts import DELIVER, FENCED_REPLY, FREED, LARGE, STORE
+from cluster.wire.scripts import ALL_REFUSED, FENCED_REPLY, FREED, FULL_ERROR, LARGE, STORE
 
 logger = get_logger(__name__)
 
-#: Results whose delivery is noted together, and seconds after which fewer are.
-DELIVERIES_AT_ONCE = 100
-NOTE_EVERY = 0.5
+#: Bytes of a failure that is stored however full the broker is.
+SMALL = 16 * 2**10
+
+#: Seconds that a chord's member waits for room for its result.
+CHORD_PATIENCE = 10.0
 
 #: Failures in a row after which it is said that the results are out of reach.
 SAY_AFTER = 2
@@ -60,17 +67,29 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     _pubsub: Any = None
 
     def on_state_change(self, meta: dict[str, Any], message: Any) -> None:
-        awaited = meta["status"] in READY_STATES and any(
-            meta["task_id"] in pending for pending in self._pending_results
-        )
+        ready = meta["status"] in READY_STATES
+        waiting = _waiting_on(self._pending_results, meta["task_id"]) if ready else ()
         super().on_state_change(meta, message)
-        if awaited:
-            self.backend.note_delivery(meta["task_id"])
+        self.backend.note_delivery(*(result.id for result in waiting))
 
     def drain_events(self, timeout: float | None = None) -> None:
         self.backend.check_open()
+        self._say_what_is_awaited()
         super().drain_events(timeout=timeout)
         self.backend.check_open()
+
+    _said: AbstractSet[str] = frozenset()
+
+    def _say_what_is_awaited(self) -> None:
+        """While the broker has no room for results: others fill it, and these are missing."""
+        if not self.backend.deliveries.refused:
+            self._said = frozenset()
+            return
+        ids = {id_ for pending in self._pending_results for id_ in tuple(pending)}
+        new = ids - self._said
+        if new:
+            self.backend.client.sadd(keys.AWAITED, *map(self.backend.key_of, new))
+        self._said = ids
 
     def consume_from(self, task_id: str) -> Any:
         self.backend.check_open()
@@ -127,8 +146,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connparams.update(lean())
-        self._delivered: list[str] = []
-        self._delivered_noted = monotonic()
+        self.deliveries = deliveries.of(self.connparams["password"])
         _backends.add(self)
 
     @cached_property  # type: ignore[untyped-decorator]
@@ -165,8 +183,17 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def get(self, key: str) -> Any:
         self.check_open()
         value = super().get(key)
-        _check_kept(key, value)
+        self._check_kept(key, value)
         return value
+
+    def get_task_meta(self, task_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Who looks at a result's state has it if it is ready, and may wait for it if it isn't."""
+        meta = super().get_task_meta(task_id, *args, **kwargs)
+        if meta["status"] in READY_STATES:
+            self.note_delivery(task_id)
+        elif self._is_managers and self.deliveries.refused:
+            self.client.sadd(keys.AWAITED, self.key_of(task_id))
+        return meta
 
     def get_many(
         self, task_ids: Any, *args: Any, max_iterations: int | None = None, **kwargs: Any
@@ -179,8 +206,21 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.check_open()
         values = super().mget(keys)
         for key, value in zip(keys, values, strict=True):
-            _check_kept(key, value)
+            self._check_kept(key, value)
         return values
+
+    def _check_kept(self, key: str | bytes, value: Any) -> None:
+        name = key if isinstance(key, str) else key.decode()
+        if value == FREED or (value is None and self.deliveries.knows(name)):
+            raise _Freed(
+                f"The result {name} was delivered before, and is gone since: freed as the broker "
+                "needed room, or expired. Keep the AsyncResult that you have got it from, or give "
+                "the broker more memory by CLUSTER_BROKER_MEMORY."
+            )
+
+    def forget(self, task_id: str) -> None:
+        super().forget(task_id)
+        self.deliveries.forget(self.key_of(task_id))
 
     @property
     def retry_policy(self) -> dict[str, Any]:
@@ -228,6 +268,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
             yield from super()._wait_for_pending(result, **kwargs)
         finally:
             self._waiting.until = None
+        # Until then its parents are looked at, for their errors.
+        self.note_delivery(*_lineage(result))
 
     # -- storing --------------------------------------------------------------
 
@@ -274,9 +316,23 @@ class Backend(RedisBackend):  # type: ignore[misc]
             status = self.decode(stored)["status"] if stored else None
             if status == SUCCESS or (status in READY_STATES and state not in READY_STATES):
                 break
-            if self.ensure(self._store, (key, value, int(expires or 0), stored or b"")):
+            always = state in EXCEPTION_STATES and len(value) <= SMALL
+            store = partial(self._store, key, value, int(expires or 0), stored or b"", always)
+            if self.ensure(self._store_in_time, (store, request, monotonic())):
                 break
         return result
+
+    @staticmethod
+    def _store_in_time(store: Callable[[], bool], request: Any, since: float) -> bool:
+        """A result that doesn't fit in waits until others have been got; but a chord's member may
+        wait for those of its own chord, which nobody gets."""
+        try:
+            return store()
+        except RedisConnectionError as error:
+            of_chord = request is not None and getattr(request, "chord", None)
+            if of_chord and is_full(error) and monotonic() - since > CHORD_PATIENCE:
+                refuse_as_full(f"{error}; the results of its chord don't fit in")
+            raise
 
     def _encode_meta(
         self, task_id: str, result: Any, state: str, traceback: Any, request: Any
@@ -291,7 +347,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             check_size("The result is too large", len(value), limit)
         return value
 
-    def _store(self, key: Any, value: Any, seconds: int, stored: bytes) -> bool:
+    def _store(self, key: Any, value: Any, seconds: int, stored: bytes, always: bool) -> bool:
         self.check_open()
         node = identity.current()
         store: Callable[[], bool]
@@ -300,8 +356,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
         else:
             store = partial(
                 self._store_script,
-                keys=[keys.FENCED, key],
-                args=[node or "", value, seconds, stored],
+                keys=[keys.FENCED, key, keys.FULL, keys.AWAITED],
+                args=[node or "", value, seconds, stored, int(always)],
             )
         return bool(guarded(node, store) if node else store())
 
@@ -321,6 +377,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
                         raise ResponseError(FENCED_REPLY)
                     if (pipe.get(key) or b"") != stored:
                         return False
+                    full = bytes_to_str(pipe.get(keys.FULL) or b"")
+                    if full.startswith(ALL_REFUSED) and not pipe.sismember(keys.AWAITED, key):
+                        raise ResponseError(f"{FULL_ERROR} {full}")
                     pipe.multi()
                     pipe.set(key, value, ex=seconds or None)
                     pipe.publish(key, value)
@@ -344,35 +403,35 @@ class Backend(RedisBackend):  # type: ignore[misc]
         super()._maybe_resolve_from_buffer(result)
         self.note_delivery(result.id)
 
-    def note_delivery(self, task_id: str) -> None:
-        """The manager has this result; the broker hears of many at once."""
-        if self._in_child or identity.current() is not None or self.has_ended:
-            return  # the manager may want it, too
-        self._delivered.append(self._key(task_id))
-        now = monotonic()
-        if len(self._delivered) < DELIVERIES_AT_ONCE and now - self._delivered_noted < NOTE_EVERY:
-            return
-        self._delivered_noted = now
-        noted, self._delivered = self._delivered, []
-        self.client.eval(DELIVER, 1, keys.DELIVERED, *noted)
+    def note_delivery(self, *ids: str) -> None:
+        """The manager has the results of these tasks."""
+        if self._is_managers:
+            self.deliveries.note(map(self.key_of, ids))
 
-    def _key(self, task_id: str) -> str:
-        key: str | bytes = self.get_key_for_task(task_id)
-        return key.decode() if isinstance(key, bytes) else key
+    @property
+    def _is_managers(self) -> bool:
+        """Whether this process is the manager, whom results are for."""
+        return not self._in_child and identity.current() is None
+
+    def key_of(self, task_id: str) -> str:
+        """The key of a task's result."""
+        key: str = bytes_to_str(self.get_key_for_task(task_id))
+        return key
+
+
+def _lineage(result: Any) -> Iterator[str]:
+    """The ids of what a result is made from, too: a chain's earlier links, a chord's members."""
+    while result is not None:
+        if isinstance(result, ResultSet):
+            for child in result.results:
+                yield from _lineage(child)
+        else:
+            yield result.id
+        result = result.parent
 
 
 class _Freed(ClusterError):
     """The result was delivered before, and is no more."""
-
-
-def _check_kept(key: Any, value: Any) -> None:
-    if value == FREED:
-        task = str(key if isinstance(key, str) else key.decode()).rpartition("task-meta-")[2]
-        raise _Freed(
-            f"The result of task {task} was delivered before, and freed as the broker needed room. "
-            "Keep the AsyncResult that you have got it from, or give the broker more memory by "
-            "CLUSTER_BROKER_MEMORY."
-        )
 
 
 class _Patience(AbstractBackoff):
@@ -413,6 +472,7 @@ def close_all(password: str) -> None:
     for backend in list(_backends):
         if backend.connparams["password"] == password:
             backend.close()
+    deliveries.forget(password)
 
 
 _backends: weakref.WeakSet[Backend] = weakref.WeakSet()

@@ -24,8 +24,11 @@ HANDOUTS = "cluster:handouts"
 RETURNS = "cluster:returns"
 #: Hash: node name → how many messages it has acknowledged.
 DONE = "cluster:done"
-#: String: set while there is no room for messages from outside of workers.
+#: String: set while there is no room for messages from outside of workers. What it begins with
+#: says whether there is none for results either (:mod:`cluster.wire.scripts`).
 FULL = "cluster:full"
+#: Set of the keys of results that are waited for while there is no room for others.
+AWAITED = "cluster:awaited"
 #: List of the keys of results that the manager has got, the last first.
 DELIVERED = "cluster:delivered"
 #: Set of the ids of tasks that were revoked.

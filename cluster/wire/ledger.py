@@ -19,7 +19,7 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cluster.wire import identity
-from cluster.wire.scripts import Scripts, is_fenced
+from cluster.wire.scripts import FULL_ERROR, Scripts, is_fenced
 
 #: What a broker that is restarting, or a connection that is, may raise.
 CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, OSError)
@@ -149,16 +149,21 @@ def raise_for(error: ResponseError, node: str) -> NoReturn:
     for now and is waited for like one that is away, or a mistake."""
     if is_fenced(error):
         identity.fenced(node)
-    if is_refusal(error):
+    if is_refusal(error) or is_full(error):
         raise RedisConnectionError(str(error)) from error
     raise error
 
 
-def is_full(error: ResponseError) -> bool:
-    """Whether a script refused a message from outside of a worker, for want of room."""
-    return str(error).startswith("FULL")
+def is_full(error: Exception) -> bool:
+    """Whether a script refused a message or a result for want of room."""
+    return reason(error).startswith(FULL_ERROR)
 
 
 def is_refusal(error: ResponseError) -> bool:
     """Whether the broker can't write at the moment: no room in memory or on disk, or busy."""
-    return isinstance(error, OutOfMemoryError | ReadOnlyError) or str(error).startswith(REFUSALS)
+    return isinstance(error, OutOfMemoryError | ReadOnlyError) or reason(error).startswith(REFUSALS)
+
+
+def reason(error: Exception) -> str:
+    """The broker's own words, without those by which redis-py says where in a pipeline."""
+    return str(error).rpartition(" of pipeline caused error: ")[2]

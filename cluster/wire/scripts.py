@@ -242,29 +242,32 @@ for i = 1, #ARGV do redis.call('LPUSH', KEYS[1], ARGV[i]) end
 return #ARGV
 """
 
-#: Free results that were delivered, the first ones first. KEYS: delivered. ARGV: how many, what
-#: stands in their place. Returns how many there were to free.
+#: Free results that were delivered, the first ones first. KEYS: delivered. ARGV: how many; what
+#: stands for a while in the place of one that was large, and for how many seconds.
+#: Returns how many there were to free.
 FREE = """
 for i = 1, tonumber(ARGV[1]) do
   local key = redis.call('RPOP', KEYS[1])
   if not key then return i - 1 end
-  local left = redis.call('PTTL', key)
-  if left ~= -2 then
-    redis.call('DEL', key)
-    if left > 0 then redis.call('SET', key, ARGV[2], 'PX', left)
-    else redis.call('SET', key, ARGV[2]) end
-  end
+  local size = redis.call('STRLEN', key)
+  redis.call('DEL', key)
+  if size > 1024 then redis.call('SETEX', key, ARGV[3], ARGV[2]) end
 end
 return tonumber(ARGV[1])
 """
 
-#: Store a result and tell who waits. KEYS: fence, result. ARGV: node, or '' outside of a worker;
-#: value, expiry in s or 0, and what is there, or '': if it is something else by now, nothing is
-#: stored. Returns whether it was.
+#: Store a result and tell who waits. KEYS: fence, result, full, awaited. ARGV: node, or '' outside
+#: of a worker; value; expiry in s or 0; what is there, or '': if it is something else by now,
+#: nothing is stored; '1' if it is stored however full the broker is. Returns whether it was.
 STORE = (
     _FENCE
     + """
 if (redis.call('GET', KEYS[2]) or '') ~= ARGV[4] then return 0 end
+local full = redis.call('GET', KEYS[3])
+if full and string.sub(full, 1, 3) == 'all' and ARGV[5] ~= '1'
+  and redis.call('SISMEMBER', KEYS[4], KEYS[2]) == 0 then
+  return redis.error_reply('FULL ' .. full)
+end
 if tonumber(ARGV[3]) > 0 then
   redis.call('SETEX', KEYS[2], ARGV[3], ARGV[2])
 else
@@ -276,8 +279,14 @@ return 1
 )
 
 
-#: What stands where a delivered result was that has been freed.
+#: The first word of the error by which PUT and STORE refuse for want of room; and with which of
+#: the key's words results are refused, too.
+FULL_ERROR = "FULL"
+ALL_REFUSED = "all"
+
+#: What stands where a large delivered result was that has been freed, and for how many seconds.
 FREED = b"cluster:freed"
+FREED_FOR = 600
 
 
 def is_fenced(error: ResponseError) -> bool:
@@ -408,5 +417,5 @@ class Scripts:
 
     def free(self, count: int) -> int:
         """Free up to ``count`` results that were delivered; returns how many there were."""
-        freed: int = self._free(keys=[keys.DELIVERED], args=[count, FREED])
+        freed: int = self._free(keys=[keys.DELIVERED], args=[count, FREED, FREED_FOR])
         return freed

@@ -27,9 +27,10 @@ import hashlib
 import secrets
 from collections.abc import Callable
 from queue import Empty
-from time import monotonic
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, NoReturn
 
+from kombu.exceptions import BatchPublishError
 from kombu.log import get_logger
 from kombu.transport import redis as kombu_redis
 from kombu.utils.encoding import bytes_to_str
@@ -42,7 +43,14 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from cluster.settings import MAX_DELIVERIES
 from cluster.wire import ending, identity, keys
 from cluster.wire.client import lean
-from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, is_full, is_refusal, raise_for
+from cluster.wire.ledger import (
+    CONNECTION_ERRORS,
+    Ledger,
+    is_full,
+    is_refusal,
+    raise_for,
+    reason,
+)
 from cluster.wire.refusals import check_size, refuse_as_full
 from cluster.wire.scripts import LARGE, PUT, Scripts, take_arguments
 
@@ -58,6 +66,12 @@ PUT_SHA = hashlib.sha1(PUT.encode(), usedforsecurity=False).hexdigest()
 
 #: Among a message's properties, but never sent.
 _STAMP = "cluster-publication"
+
+#: Seconds to wait for room in a full broker, where what was delivered is being freed; in a
+#: worker, where the task fails without; and between looks.
+ROOM_WITHIN = 2.0
+ROOM_WITHIN_IN_WORKER = 10.0
+LOOK_FOR_ROOM_EVERY = 0.1
 
 #: Seconds in which a message that got no answer may be sent again and is known.
 REMEMBER_PUBLISHED = 900
@@ -325,34 +339,33 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         self._check_size(message, raw)
         priority = self._get_message_priority(message, reverse=False)
         lists = [self._q_for_pri(queue, priority), keys.wake(queue)]
-        batch = kwargs.get("_publish_batch")
-        if batch is not None:
-            # What a batch can't send is not sent again, so that nothing comes twice.
-            batch.add("lpush", lists[0], raw)
-            batch.add("lpush", lists[1], "1")
         expires = self._expires.get(queue, 0)
         if expires:
             lists += [self._q_for_pri(queue, step) for step in self.priority_steps]
-        if batch is not None:
-            for name in lists if expires else ():
-                batch.add("pexpire", name, expires)
-            return
         names = [keys.published(publisher, queue), keys.FULL, *lists]
         outside = int(identity.current() is None)
         arguments = [len(names), *names, number, raw, outside, expires, REMEMBER_PUBLISHED]
-        with self.conn_or_acquire() as client:
+        batch = kwargs.get("_publish_batch")
+        if batch is not None:
+            batch.add("eval", PUT, *arguments)
+            return
+        full_until = monotonic() + (ROOM_WITHIN if outside else ROOM_WITHIN_IN_WORKER)
+        while True:
             try:
-                if len(raw) > LARGE and not expires:
-                    _put_large(client, names, number, raw, outside)
-                    return
-                try:
-                    client.evalsha(PUT_SHA, *arguments)
-                except NoScriptError:
-                    client.eval(PUT, *arguments)
+                with self.conn_or_acquire() as client:
+                    if len(raw) > LARGE and not expires:
+                        _put_large(client, names, number, raw, outside)
+                    else:
+                        _put_small(client, arguments)
+                return
             except ResponseError as error:
-                if is_refusal(error) or is_full(error):
-                    refuse_as_full(str(error))
-                raise
+                if (is_full(error) or is_refusal(error)) and monotonic() < full_until:
+                    sleep(LOOK_FOR_ROOM_EVERY)
+                else:
+                    _refuse(error)
+
+    def create_publish_batch(self, max_size: int) -> Batch:
+        return Batch(self, max_size)
 
     def _stamp(self, message: Any) -> tuple[str, int, str]:
         """The publisher, the number of the message, and the message as it is sent.
@@ -430,6 +443,32 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
         if identity.taking() is not None:
             self.cycle.call_later = lambda seconds: loop.call_later(seconds, _come_round)
         super().register_with_event_loop(connection, loop)
+
+
+class Batch(kombu_redis.PublishBatch):  # type: ignore[misc]
+    """kombu's, which says what it means if there is no room for all of it."""
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BatchPublishError as error:
+            if isinstance(error.__cause__, ResponseError):
+                _refuse(error.__cause__)
+            raise
+
+
+def _refuse(error: ResponseError) -> NoReturn:
+    """Raise what the sender is to see."""
+    if is_refusal(error) or is_full(error):
+        refuse_as_full(reason(error))
+    raise error
+
+
+def _put_small(client: Any, arguments: list[Any]) -> None:
+    try:
+        client.evalsha(PUT_SHA, *arguments)
+    except NoScriptError:
+        client.eval(PUT, *arguments)
 
 
 def _put_large(client: Any, names: list[str], number: int, raw: str, outside: int) -> None:
