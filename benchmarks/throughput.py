@@ -96,7 +96,7 @@ def main(
     said = f"{workers} worker{'s' * (workers != 1)}; median (least–greatest) of {repeat}:"
     parts = [
         about,
-        f"Throughput with {said}",
+        f"With {said}",
         _table(measured, _rows(counts)),
         "Commands a task that clients send to the server, with its result:",
         _commands(measured),
