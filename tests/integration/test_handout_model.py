@@ -25,7 +25,7 @@ from tools import wait_until
 from cluster.broker.guardian import free_port
 from cluster.broker.server import configuration, find_server, write_configuration
 from cluster.wire import keys
-from cluster.wire.ledger import Ledger
+from cluster.wire.ledger import Ledger, is_refusal
 from cluster.wire.scripts import Scripts, is_fenced, is_taken
 
 QUEUES = ("celery", "other")
@@ -272,6 +272,18 @@ def test_what_is_settled_here_and_not_yet_there_is_not_given_back(client: redis.
     ledger.compare(1)
     ledger.flush()
     assert client.hlen(keys.unacked("n@h")) == 0
+
+
+@pytest.mark.parametrize("transaction", [True, False])
+def test_a_refusal_is_known_in_a_transaction_as_well(client: redis.Redis, transaction: bool):
+    """Where the client says first which of the commands it was."""
+    client.config_set("min-replicas-to-write", 1)
+    try:
+        with pytest.raises(ResponseError) as caught, client.pipeline(transaction) as pipe:
+            pipe.set("key", "value").execute()
+    finally:
+        client.config_set("min-replicas-to-write", 0)
+    assert is_refusal(caught.value)
 
 
 TWO_CHANNELS = """
