@@ -221,6 +221,10 @@ class Binding:
         """From now on, whoever sends a task, waits for a result or asks for one gets ``why``."""
         ending.end(self._password, why)
 
+    def complete(self, why: ClusterError) -> None:
+        """From now on, whoever sends a task or waits for a result that isn't there gets ``why``."""
+        ending.complete(self._password, why)
+
     def fail_task(self, request: Any, why: ClusterError) -> None:
         """Store ``why`` as the result of a task that won't be run any more.
 

@@ -21,6 +21,7 @@ from cluster._version import __version__
 from cluster.broker.broker import Broker
 from cluster.broker.messages import Event, Failed
 from cluster.errors import (
+    BrokerError,
     BrokerLost,
     ClusterError,
     ConfigurationError,
@@ -524,7 +525,10 @@ class Cluster:
         if self._state is not State.STARTING and self._try_to_go(State.FAILED):
             logger.error("%s", why)
         if self._binding is not None:
-            self._binding.end(why)
+            if isinstance(why, BrokerError):
+                self._binding.end(why)
+            else:
+                self._binding.complete(why)  # what is there can still be got
 
     # -- stopping -----------------------------------------------------------------------
 

@@ -257,8 +257,12 @@ class Supervisor(threading.Thread):
         if now - self._given_up_since > EXITS_KNOWN_WITHIN:
             return True
         with self.changed:
-            seats = [self.roster.of(node) for node, _ in given_up.deaths]
-            return all(seat is None or not seat.gone or seat.status.final for seat in seats)
+            seats = [
+                self.roster.of(node)
+                for node, how in given_up.deaths
+                if not how.startswith(givenup.POOL_PROCESS)
+            ]
+            return all(seat is None or seat.status.final for seat in seats)
 
     def _explain(self, given_up: givenup.GivenUp) -> WorkerLost:
         deaths, logs = [], {}

@@ -74,9 +74,22 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
 
     def drain_events(self, timeout: float | None = None) -> None:
         self.backend.check_open()
+        if self.backend.is_complete:
+            self._take_what_is_there()
+            return
         self._say_what_is_awaited()
         super().drain_events(timeout=timeout)
         self.backend.check_open()
+
+    def _take_what_is_there(self) -> None:
+        """No more results will come: who still misses one after this is told so."""
+        if self.backend.waiting.has_all:
+            self.backend.check_coming()
+        self.backend.waiting.has_all = True
+        ids = {id_ for pending in self._pending_results for id_ in tuple(pending)}
+        for value in self.backend.client.mget(map(self.backend.key_of, ids)) if ids else ():
+            if value not in {None, FREED}:
+                self.on_state_change(self._decode_result(value), None)
 
     _said: AbstractSet[str] = frozenset()
 
@@ -132,13 +145,25 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
                     self.on_state_change(self._decode_result(value), None)
 
 
+class Waiting(threading.local):
+    """How a thread waits for a result.
+
+    ``until``: when it gives up, if it does. ``since``: when the broker was out of reach.
+    ``has_all``: it has looked for what is there since no more will come.
+    """
+
+    until: float | None = None
+    since = 0.0
+    has_all = False
+
+
 class Backend(RedisBackend):  # type: ignore[misc]
     """``result_backend = "cluster.wire.backend:Backend+redis://…"``."""
 
     ResultConsumer = ResultConsumer
 
-    #: Until when this thread waits for a result, if it does and says so.
-    _waiting = threading.local()
+    #: What this thread waits for.
+    waiting = Waiting()
 
     #: Whether this process was forked from the one that made it.
     _in_child = False
@@ -173,12 +198,25 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     @property
     def has_ended(self) -> bool:
-        """Whether no result will come any more."""
+        """Whether no result can be got any more."""
         return ending.has_ended(self.connparams["password"])
 
     def check_open(self) -> None:
-        """Raise why no result will come any more, if so."""
+        """Raise why no result can be got any more, if so."""
         ending.check(self.connparams["password"])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no result will come any more."""
+        return ending.is_complete(self.connparams["password"])
+
+    def check_coming(self) -> None:
+        """Raise why no result will come any more, if so."""
+        ending.check_coming(self.connparams["password"])
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        self.check_coming()
+        super().on_task_call(producer, task_id)
 
     def get(self, key: str) -> Any:
         self.check_open()
@@ -242,17 +280,17 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row; raises if that is in vain."""
         if failures == 1:
-            self._waiting.since = monotonic()
+            self.waiting.since = monotonic()
         if failures == SAY_AFTER:
             logger.warning("The results are out of reach (%s); trying again.", sys.exception())
         self.check_open()
-        if self._in_child and monotonic() - self._waiting.since > ORPHAN_TIMEOUT:
+        if self._in_child and monotonic() - self.waiting.since > ORPHAN_TIMEOUT:
             raise BrokerLost(
                 f"The broker was out of reach for {ORPHAN_TIMEOUT:.0f} s. It ends with the process "
                 "that started the cluster, which this one was forked from."
             )
         seconds = min(0.1 * (failures - 1), 0.5)
-        until = getattr(self._waiting, "until", None)
+        until = self.waiting.until
         if until is None:
             return seconds
         left: float = until - monotonic()
@@ -263,11 +301,12 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _wait_for_pending(self, result: Any, **kwargs: Any) -> Any:
         self.check_open()
         timeout = kwargs.get("timeout")
-        self._waiting.until = None if timeout is None else monotonic() + timeout
+        self.waiting.until = None if timeout is None else monotonic() + timeout
+        self.waiting.has_all = False
         try:
             yield from super()._wait_for_pending(result, **kwargs)
         finally:
-            self._waiting.until = None
+            self.waiting.until = None
         # Until then its parents are looked at, for their errors.
         self.note_delivery(*_lineage(result))
 

@@ -42,8 +42,13 @@ def unacked(node: str) -> str:
     return f"cluster:unacked:{node}"
 
 
+def waiting(node: str) -> str:
+    """Set: numbers of the hand-outs that one node holds for later."""
+    return f"cluster:waiting:{node}"
+
+
 def started(node: str) -> str:
-    """Set: numbers of the hand-outs with an ETA whose tasks have started, for one node."""
+    """Set: numbers of those whose tasks have started since, or had an ETA and have started."""
     return f"cluster:started:{node}"
 
 

@@ -65,17 +65,24 @@ class Ledger:
         """
         self._deadly[tag] = how
 
+    def wait(self, tag: str) -> None:
+        """A task that won't run at once: should this worker die, it hasn't died of that."""
+        self._mark(tag, self.scripts.wait)
+
     def start(self, tag: str) -> None:
-        """A task that waited for its ETA runs now."""
+        """A task that waited runs now."""
+        self._mark(tag, self.scripts.start)
+
+    def _mark(self, tag: str, script: Callable[[str, int], None]) -> None:
         with self._lock:
             number = self._numbers.get(tag)
         if number is None:
             return
         try:
-            guarded(self.node, partial(self.scripts.start, self.node, number))
+            guarded(self.node, partial(script, self.node, number))
         except CONNECTION_ERRORS as error:
-            # Should this worker die of it, the death won't count. No harm yet.
-            logger.warning("The broker is away as a task starts (%s).", error)
+            # Should this worker die now, it is counted wrongly. No harm yet.
+            logger.warning("The broker is away as a task comes or starts (%s).", error)
 
     def _settle(self, tag: str, script: Callable[[str, int], None]) -> None:
         with self._lock:

@@ -40,20 +40,20 @@ end
 """
 
 # give_back(hash, number, returns key, given-up key, most deliveries, node, 'front' or 'back',
-# how it died or '' if nobody did, started). A task with an ETA is held long before it is run,
-# and has killed nobody unless it had started.
+# how it died or '' if nobody did, started, later). A task with an ETA, or one that the node says it
+# holds for later, has killed nobody unless it had started.
 _GIVE_BACK = """
 local function waiting(raw)
   local fine, message = pcall(cjson.decode, raw)
   local headers = fine and type(message) == 'table' and message.headers
   return type(headers) == 'table' and type(headers.eta) == 'string'
 end
-local function give_back(hash, number, returns, given_up, most, node, where, how, started)
+local function give_back(hash, number, returns, given_up, most, node, where, how, started, later)
   local e = cmsgpack.unpack(redis.call('HGET', hash, number))
   local held = hash .. ':' .. number
   redis.call('HDEL', hash, number)
   local raw = how ~= '' and redis.call('LINDEX', held, 0)
-  if raw and (started or not waiting(raw)) then
+  if raw and (started or not (later or waiting(raw))) then
     local digest = redis.sha1hex(raw)
     local before = redis.call('HGET', returns, digest)
     local deaths = before and cjson.decode(before) or {}
@@ -113,7 +113,7 @@ return redis.call('HLEN', KEYS[2])
 """
 )
 
-#: Acknowledge. KEYS: fence, the node's hash, returns, started, done. ARGV: node, number.
+#: Acknowledge. KEYS: fence, the node's hash, returns, started, done, waiting. ARGV: node, number.
 ACK = (
     _FENCE
     + """
@@ -124,13 +124,15 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
 end
 redis.call('DEL', held)
 redis.call('SREM', KEYS[4], ARGV[2])
+redis.call('SREM', KEYS[6], ARGV[2])
 local found = redis.call('HDEL', KEYS[2], ARGV[2])
 if found == 1 then redis.call('HINCRBY', KEYS[5], ARGV[1], 1) end
 return found
 """
 )
 
-#: Put back at the end of its queue. KEYS: fence, the node's hash, returns, given up, started.
+#: Put back at the end of its queue. KEYS: fence, the node's hash, returns, given up, started,
+#: waiting.
 #: ARGV: node, number, most deliveries, how a process died of it or ''.
 REJECT = (
     _FENCE
@@ -138,13 +140,14 @@ REJECT = (
     + """
 if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then return 0 end
 redis.call('SREM', KEYS[5], ARGV[2])
+redis.call('SREM', KEYS[6], ARGV[2])
 give_back(KEYS[2], ARGV[2], KEYS[3], KEYS[4], tonumber(ARGV[3]), ARGV[1], 'back', ARGV[4], true)
 return 1
 """
 )
 
 #: Give back what the broker handed out and the node never got (the reply was
-#: lost with the connection). KEYS as REJECT, but for started. ARGV: node, the lost numbers, the
+#: lost with the connection). KEYS as REJECT, but for the sets. ARGV: node, the lost numbers, the
 #: last first. Lost once is lost for ever, so this may come late, and again.
 RECONCILE = (
     _FENCE
@@ -161,9 +164,9 @@ return lost
 """
 )
 
-#: A task that waited for its ETA runs now. KEYS: fence, the node's hash, started.
-#: ARGV: node, number.
-START = (
+#: A task that was held for later runs now, or begins to be held: the set says which. KEYS: fence,
+#: the node's hash, started or waiting. ARGV: node, number.
+MARK = (
     _FENCE
     + """
 if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then return 0 end
@@ -172,7 +175,7 @@ return redis.call('SADD', KEYS[3], ARGV[2])
 )
 
 #: Fence a node and give back all it holds, oldest to the front of its queue.
-#: KEYS: fence, the node's hash, returns, given up, workers, started.
+#: KEYS: fence, the node's hash, returns, given up, workers, started, waiting.
 #: ARGV: node, most deliveries, why, '1' if the node died with the messages, the node's channel.
 #: Who is only taken for dead hears of it there, should it still hear anything.
 #: Returns how many messages it held, or -1 if it was fenced before.
@@ -186,9 +189,10 @@ local numbers = numbers_of(KEYS[2])
 for _, number in ipairs(numbers) do
   give_back(KEYS[2], number, KEYS[3], KEYS[4],
             tonumber(ARGV[2]), ARGV[1], 'front', ARGV[4] == '1' and ARGV[3] or '',
-            redis.call('SISMEMBER', KEYS[6], number) == 1)
+            redis.call('SISMEMBER', KEYS[6], number) == 1,
+            redis.call('SISMEMBER', KEYS[7], number) == 1)
 end
-redis.call('DEL', KEYS[2], KEYS[6])
+redis.call('DEL', KEYS[2], KEYS[6], KEYS[7])
 if ARGV[4] == '1' then redis.call('PUBLISH', ARGV[5], 'fenced') end
 return #numbers
 """
@@ -333,7 +337,7 @@ class Scripts:
         self.take_script: Script = client.register_script(TAKE)
         self._ack: Script = client.register_script(ACK)
         self._reject: Script = client.register_script(REJECT)
-        self._start: Script = client.register_script(START)
+        self._mark: Script = client.register_script(MARK)
         self._reconcile: Script = client.register_script(RECONCILE)
         self._release: Script = client.register_script(RELEASE)
         self._register: Script = client.register_script(REGISTER)
@@ -353,13 +357,18 @@ class Scripts:
                 keys.RETURNS,
                 keys.started(node),
                 keys.DONE,
+                keys.waiting(node),
             ],
             args=[node, number],
         )
 
+    def wait(self, node: str, number: int) -> None:
+        """This one is only held. For most, being taken is being started."""
+        self._mark(keys=[keys.FENCED, keys.unacked(node), keys.waiting(node)], args=[node, number])
+
     def start(self, node: str, number: int) -> None:
-        """A task with an ETA runs now. For the others, being taken is being started."""
-        self._start(keys=[keys.FENCED, keys.unacked(node), keys.started(node)], args=[node, number])
+        """One that was held, or has an ETA, runs now."""
+        self._mark(keys=[keys.FENCED, keys.unacked(node), keys.started(node)], args=[node, number])
 
     def held(self, node: str) -> set[int]:
         """The numbers of the messages that ``node`` holds, as the broker has it."""
@@ -377,6 +386,7 @@ class Scripts:
                 keys.RETURNS,
                 keys.GIVEN_UP,
                 keys.started(node),
+                keys.waiting(node),
             ],
             args=[node, number, self._most, died],
         )
@@ -403,6 +413,7 @@ class Scripts:
                 keys.GIVEN_UP,
                 keys.WORKERS,
                 keys.started(node),
+                keys.waiting(node),
             ],
             args=[node, self._most, why, int(died), keys.presence(node)],
         )

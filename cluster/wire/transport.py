@@ -115,7 +115,8 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]
     restore_at_shutdown = False
 
     def can_consume(self) -> bool:
-        return _taking and bool(super().can_consume())
+        # On a channel for orders, a drained worker still listens.
+        return (_taking or not self.channel._takes) and bool(super().can_consume())
 
     def append(self, message: Any, delivery_tag: str) -> None:
         kombu_redis.virtual.QoS.append(self, message, delivery_tag)
@@ -436,7 +437,7 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
         self.cycle = Poller()
 
     def establish_connection(self) -> Any:
-        ending.check(self.client.password)
+        ending.check_coming(self.client.password)
         return super().establish_connection()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:

@@ -104,7 +104,6 @@ class Membership:
         with self._worker.app.connection_for_write() as connection:
             client = connection.default_channel.client
             self._compare(client, registration)
-            revokes.learn(client)
             after_absence(revokes.learn)
             Scripts(client).register(registration.node, encode(registration))
 
@@ -124,7 +123,9 @@ class Membership:
     def _announce(self, registration: Registration) -> None:
         try:
             with self._worker.app.connection_for_write() as connection:
-                Scripts(connection.default_channel.client).announce(encode(registration))
+                client = connection.default_channel.client
+                revokes.learn(client)  # what came before it listened to orders
+                Scripts(client).announce(encode(registration))
         except CONNECTION_ERRORS as error:
             # The manager has lost its connection as well, and looks at the
             # registrations once it has another.

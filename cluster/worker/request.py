@@ -17,6 +17,14 @@ from cluster.wire.transport import current_ledger
 class Request(CeleryRequest):  # type: ignore[misc]
     """What stands for a message in a worker of ours."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Behind others, or for the limit of its kind. What has an ETA the broker sees by itself.
+        self._waits = bool(self.task.rate_limit or not self._app.conf.worker_disable_prefetch)
+        ledger = current_ledger()
+        if self._waits and ledger is not None:
+            ledger.wait(self._message.delivery_tag)
+
     _wanted_back = False
     _death = ""
 
@@ -47,7 +55,7 @@ class Request(CeleryRequest):  # type: ignore[misc]
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         ledger = current_ledger()
-        if self.eta and ledger is not None:
+        if (self.eta or self._waits) and ledger is not None:
             ledger.start(self.message.delivery_tag)
         super().on_accepted(pid, time_accepted)
 

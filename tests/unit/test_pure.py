@@ -209,13 +209,13 @@ def test_attention_counts_no_pause_of_ones_own():
 
 def test_a_full_broker_refuses_by_degrees_and_recovers_with_a_margin():
     gauge = Gauge(1000)
-    assert (gauge.read(700), gauge.level) == (False, Level.FINE)
-    assert (gauge.read(750), gauge.level) == (True, Level.SENDERS_REFUSED)
-    assert (gauge.read(700), gauge.level) == (False, Level.SENDERS_REFUSED)
-    assert (gauge.read(960), gauge.level) == (True, Level.ALL_REFUSED)
-    assert (gauge.read(860), gauge.level) == (False, Level.ALL_REFUSED)
-    assert (gauge.read(850), gauge.level) == (True, Level.SENDERS_REFUSED)
-    assert (gauge.read(970), gauge.level) == (True, Level.ALL_REFUSED)
+    assert (gauge.read(590), gauge.level) == (False, Level.FINE)
+    assert (gauge.read(600), gauge.level) == (True, Level.SENDERS_REFUSED)
+    assert (gauge.read(550), gauge.level) == (False, Level.SENDERS_REFUSED)
+    assert (gauge.read(810), gauge.level) == (True, Level.ALL_REFUSED)
+    assert (gauge.read(730), gauge.level) == (False, Level.ALL_REFUSED)
+    assert (gauge.read(710), gauge.level) == (True, Level.SENDERS_REFUSED)
+    assert (gauge.read(820), gauge.level) == (True, Level.ALL_REFUSED)
     assert (gauge.read(100), gauge.level) == (True, Level.FINE)
 
 
