@@ -229,8 +229,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
         meta = super().get_task_meta(task_id, *args, **kwargs)
         if meta["status"] in READY_STATES:
             self.note_delivery(task_id)
-        elif self._is_managers and self.deliveries.refused:
-            self.client.sadd(keys.AWAITED, self.key_of(task_id))
+        elif self._is_managers:
+            self.check_coming()
+            if self.deliveries.refused:
+                self.client.sadd(keys.AWAITED, self.key_of(task_id))
         return meta
 
     def get_many(

@@ -104,6 +104,7 @@ class Membership:
         with self._worker.app.connection_for_write() as connection:
             client = connection.default_channel.client
             self._compare(client, registration)
+            revokes.learn(client)
             after_absence(revokes.learn)
             Scripts(client).register(registration.node, encode(registration))
 
