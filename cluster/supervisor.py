@@ -65,7 +65,7 @@ SENDERS_REFUSED = (
     "New tasks are refused with BrokerFull until there is room: get results, or give it more "
     "memory by CLUSTER_BROKER_MEMORY."
 )
-ALL_REFUSED = (
+RESULTS_REFUSED = (
     "Results are refused as well, and workers wait until there is room: get results that are "
     "there, set ignore_result=True where nobody asks for them, or give it more memory by "
     "CLUSTER_BROKER_MEMORY."
@@ -338,13 +338,13 @@ class Supervisor(threading.Thread):
                         self._terminate(seat.ref, why)
                 case Restarted(reason=reason):
                     logger.warning("The broker was restarted (%s); work goes on.", reason)
-                case Full(used=used, memory=memory, all=everything):
-                    self._binding.deliveries.refused = everything
+                case Full(used=used, memory=memory, results=results):
+                    self._binding.deliveries.refused = results
                     logger.warning(
                         "The broker is full: %d of %d MiB are used. %s",
                         used // 2**20,
                         memory // 2**20,
-                        ALL_REFUSED if everything else SENDERS_REFUSED,
+                        RESULTS_REFUSED if results else SENDERS_REFUSED,
                     )
                 case Room():
                     self._binding.deliveries.refused = False

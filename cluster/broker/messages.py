@@ -69,7 +69,7 @@ class Full:
 
     used: int
     memory: int
-    all: bool  # results as well, not only what is sent from outside of workers
+    results: bool  # these as well, not only what is sent from outside of workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ things happen in turn:
 2. Messages from outside of workers are refused, to whoever sends them. Workers still
    store results and send on what a chain or a chord goes on with: else what is
    there could never be finished, and nothing become free.
-3. Results are refused as well, save for those that somebody waits for, and failures.
-   Workers wait with theirs until the manager has got some.
-4. The server itself refuses all that needs memory. What is left before that is for
-   workers to join, and for all else that Celery keeps there.
+3. Large results are refused as well, save for those that somebody waits for. Workers
+   wait with theirs until the manager has got some.
+4. So are small ones, save for those and for failures. What is left before the server
+   itself refuses everything is for workers to join, and for all else that Celery keeps.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from redis.exceptions import RedisError
 
 from cluster.broker.messages import Full, Room
 from cluster.wire import keys
-from cluster.wire.scripts import ALL_REFUSED, Scripts
+from cluster.wire.scripts import RESULTS_REFUSED, Scripts
 
 #: Parts of the memory: from the first on, what was delivered is freed; from the second on,
-#: senders are refused; from the third on, results are.
-FREE_FROM, REFUSE_FROM, FULL_FROM = 0.4, 0.6, 0.8
+#: senders are refused; from the third on, large results; from the fourth on, all.
+FREE_FROM, REFUSE_FROM, LARGE_FROM, ALL_FROM = 0.4, 0.6, 0.8, 0.95
 
 #: A level is left when less than this part of what it began at is used.
 LEAVE_AT = 0.9
 
-#: Seconds between looks at the server's memory.
+#: Seconds between looks at the server's memory, while there is room and when there is less.
 LOOK_EVERY = 0.25
+LOOK_CLOSELY_EVERY = 0.05
 
 #: Results to free in one step, and steps in one look: each holds up the server.
 FREE_AT_ONCE = 500
@@ -46,7 +47,16 @@ class Level(IntEnum):
 
     FINE = 0
     SENDERS_REFUSED = 1
-    ALL_REFUSED = 2
+    LARGE_REFUSED = 2
+    ALL_REFUSED = 3
+
+
+#: How what the workers read of it begins.
+WORDS = {
+    Level.SENDERS_REFUSED: "",
+    Level.LARGE_REFUSED: f"{RESULTS_REFUSED[0]}: ",
+    Level.ALL_REFUSED: f"{RESULTS_REFUSED[1]}: ",
+}
 
 
 @dataclass(slots=True)
@@ -66,7 +76,8 @@ class Gauge:
         begins = {
             Level.FINE: 0.0,
             Level.SENDERS_REFUSED: REFUSE_FROM * self.memory,
-            Level.ALL_REFUSED: FULL_FROM * self.memory,
+            Level.LARGE_REFUSED: LARGE_FROM * self.memory,
+            Level.ALL_REFUSED: ALL_FROM * self.memory,
         }
         reached = max(level for level, begin in begins.items() if used >= begin)
         self.level = max(self.level, reached)
@@ -107,6 +118,8 @@ class Memory:
 
     def _look(self) -> Iterator[Full | Room]:
         used = self._used()
+        if used >= FREE_FROM * self._memory:
+            self._next_look += LOOK_CLOSELY_EVERY - LOOK_EVERY
         for _ in range(STEPS):
             if used < FREE_FROM * self._memory or not self._scripts.free(FREE_AT_ONCE):
                 break
@@ -120,10 +133,10 @@ class Memory:
             if changed:
                 yield Room()
         else:
-            everything = self._gauge.level is Level.ALL_REFUSED
-            words = f"{used} of {self._memory} bytes are used"
-            self._client.set(keys.FULL, f"{ALL_REFUSED}: {words}" if everything else words)
-            yield Full(used, self._memory, everything)
+            self._client.set(
+                keys.FULL, f"{WORDS[self._gauge.level]}{used} of {self._memory} bytes are used"
+            )
+            yield Full(used, self._memory, results=self._gauge.level > Level.SENDERS_REFUSED)
 
     def _used(self) -> int:
         return int(self._client.info("memory")["used_memory"])

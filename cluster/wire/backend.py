@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from functools import partial
 from time import monotonic
@@ -47,11 +47,19 @@ from cluster.wire.chord import PartReturn
 from cluster.wire.client import lean
 from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_full, is_refusal
 from cluster.wire.refusals import MessageTooLarge, check_size, refuse_as_full
-from cluster.wire.scripts import ALL_REFUSED, FENCED_REPLY, FREED, FULL_ERROR, LARGE, STORE
+from cluster.wire.scripts import (
+    AWAIT,
+    FENCED_REPLY,
+    FREED,
+    FULL_ERROR,
+    LARGE,
+    RESULTS_REFUSED,
+    STORE,
+)
 
 logger = get_logger(__name__)
 
-#: Bytes of a failure that is stored however full the broker is.
+#: Bytes of a result that is stored when large ones are refused, and of a failure that always is.
 SMALL = 16 * 2**10
 
 #: Seconds that a chord's member waits for room for its result.
@@ -101,7 +109,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         ids = {id_ for pending in self._pending_results for id_ in tuple(pending)}
         new = ids - self._said
         if new:
-            self.backend.client.sadd(keys.AWAITED, *map(self.backend.key_of, new))
+            self.backend.say_awaited(new)
         self._said = ids
 
     def consume_from(self, task_id: str) -> Any:
@@ -232,7 +240,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         elif self._is_managers:
             self.check_coming()
             if self.deliveries.refused:
-                self.client.sadd(keys.AWAITED, self.key_of(task_id))
+                self.say_awaited([task_id])
         return meta
 
     def get_many(
@@ -310,7 +318,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
         finally:
             self.waiting.until = None
         # Until then its parents are looked at, for their errors.
-        self.note_delivery(*_lineage(result))
+        if self._is_managers and result.parent is not None:
+            self.deliveries.note(map(self.key_of, _lineage(result.parent)), seen=False)
 
     # -- storing --------------------------------------------------------------
 
@@ -357,8 +366,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
             status = self.decode(stored)["status"] if stored else None
             if status == SUCCESS or (status in READY_STATES and state not in READY_STATES):
                 break
-            always = state in EXCEPTION_STATES and len(value) <= SMALL
-            store = partial(self._store, key, value, int(expires or 0), stored or b"", always)
+            urgency = (1 + (state in EXCEPTION_STATES)) if len(value) <= SMALL else 0
+            store = partial(self._store, key, value, int(expires or 0), stored or b"", urgency)
             if self.ensure(self._store_in_time, (store, request, monotonic())):
                 break
         return result
@@ -388,7 +397,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             check_size("The result is too large", len(value), limit)
         return value
 
-    def _store(self, key: Any, value: Any, seconds: int, stored: bytes, always: bool) -> bool:
+    def _store(self, key: Any, value: Any, seconds: int, stored: bytes, urgency: int) -> bool:
         self.check_open()
         node = identity.current()
         store: Callable[[], bool]
@@ -398,7 +407,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             store = partial(
                 self._store_script,
                 keys=[keys.FENCED, key, keys.FULL, keys.AWAITED],
-                args=[node or "", value, seconds, stored, int(always)],
+                args=[node or "", value, seconds, stored, urgency],
             )
         return bool(guarded(node, store) if node else store())
 
@@ -419,7 +428,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                     if (pipe.get(key) or b"") != stored:
                         return False
                     full = bytes_to_str(pipe.get(keys.FULL) or b"")
-                    if full.startswith(ALL_REFUSED) and not pipe.sismember(keys.AWAITED, key):
+                    if full.startswith(RESULTS_REFUSED) and not pipe.sismember(keys.AWAITED, key):
                         raise ResponseError(f"{FULL_ERROR} {full}")
                     pipe.multi()
                     pipe.set(key, value, ex=seconds or None)
@@ -447,12 +456,16 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def note_delivery(self, *ids: str) -> None:
         """The manager has the results of these tasks."""
         if self._is_managers:
-            self.deliveries.note(map(self.key_of, ids))
+            self.deliveries.note(map(self.key_of, ids), seen=True)
 
     @property
     def _is_managers(self) -> bool:
         """Whether this process is the manager, whom results are for."""
         return not self._in_child and identity.current() is None
+
+    def say_awaited(self, ids: Iterable[str]) -> None:
+        """Have the results of these tasks stored, however full the broker is."""
+        self.client.eval(AWAIT, 1, keys.AWAITED, *map(self.key_of, ids))
 
     def key_of(self, task_id: str) -> str:
         """The key of a task's result."""

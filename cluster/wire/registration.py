@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.model import Registration
 from cluster.wire import keys
+from cluster.wire.scripts import SAY_OVER
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -37,11 +38,7 @@ def announce_over(client: Redis, grace: float) -> None:
         client: any client of the broker.
         grace: seconds that running tasks get to finish.
     """
-    word = f"{OVER} {grace}"
-    with client.pipeline() as pipe:
-        pipe.set(keys.OVER, grace)
-        pipe.publish(keys.PRESENCE, word)
-        pipe.execute()
+    client.eval(SAY_OVER, 1, keys.OVER, str(grace), keys.PRESENCE, f"{OVER} {grace}")
 
 
 def is_fenced(message: Any) -> bool:

@@ -239,6 +239,19 @@ redis.call('LTRIM', KEYS[1], 0, -1)
 return redis.call('LPUSH', KEYS[1], ARGV[1])
 """
 
+#: Say which results are waited for. KEYS: awaited. ARGV: the results' keys.
+AWAIT = """
+redis.call('SREM', KEYS[1], '')
+return redis.call('SADD', KEYS[1], unpack(ARGV))
+"""
+
+#: Tell all workers that it is over. KEYS: over. ARGV: grace, channel, message.
+SAY_OVER = """
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1])
+return redis.call('PUBLISH', ARGV[2], ARGV[3])
+"""
+
 #: Note results as delivered, so that they can be freed when room is needed. KEYS: delivered.
 #: ARGV: the results' keys. What doesn't fit stays until it expires.
 DELIVER = """
@@ -263,13 +276,16 @@ return tonumber(ARGV[1])
 
 #: Store a result and tell who waits. KEYS: fence, result, full, awaited. ARGV: node, or '' outside
 #: of a worker; value; expiry in s or 0; what is there, or '': if it is something else by now,
-#: nothing is stored; '1' if it is stored however full the broker is. Returns whether it was.
+#: nothing is stored; '0' for a large one, '1' for a small one, '2' for a small failure. As the
+#: broker fills up, large ones are refused and then all but failures, save for those that are
+#: waited for. Returns whether it was stored.
 STORE = (
     _FENCE
     + """
 if (redis.call('GET', KEYS[2]) or '') ~= ARGV[4] then return 0 end
 local full = redis.call('GET', KEYS[3])
-if full and string.sub(full, 1, 3) == 'all' and ARGV[5] ~= '1'
+local word = full and string.match(full, '^%a+')
+if (word == 'large' and ARGV[5] == '0' or word == 'all' and ARGV[5] ~= '2')
   and redis.call('SISMEMBER', KEYS[4], KEYS[2]) == 0 then
   return redis.error_reply('FULL ' .. full)
 end
@@ -284,10 +300,10 @@ return 1
 )
 
 
-#: The first word of the error by which PUT and STORE refuse for want of room; and with which of
-#: the key's words results are refused, too.
+#: The first word of the error by which PUT and STORE refuse for want of room; and the first words
+#: of the key that say that results are refused, too.
 FULL_ERROR = "FULL"
-ALL_REFUSED = "all"
+RESULTS_REFUSED = ("large", "all")
 
 #: What stands where a large delivered result was that has been freed, and for how many seconds.
 FREED = b"cluster:freed"

@@ -200,6 +200,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     @property
+    def state(self) -> Any:
+        """kombu's, of what is declared. Another thread, or kombu itself as it connects anew, may
+        have closed this channel: that is a lost connection, which who uses it knows to handle."""
+        if self.connection is None:
+            raise RedisConnectionError("the channel is closed")
+        return super().state
+
+    @property
     def ledger(self) -> Ledger:
         assert self.node is not None
         return open_ledger(self, self.node)

@@ -212,10 +212,12 @@ def test_a_full_broker_refuses_by_degrees_and_recovers_with_a_margin():
     assert (gauge.read(590), gauge.level) == (False, Level.FINE)
     assert (gauge.read(600), gauge.level) == (True, Level.SENDERS_REFUSED)
     assert (gauge.read(550), gauge.level) == (False, Level.SENDERS_REFUSED)
-    assert (gauge.read(810), gauge.level) == (True, Level.ALL_REFUSED)
-    assert (gauge.read(730), gauge.level) == (False, Level.ALL_REFUSED)
+    assert (gauge.read(810), gauge.level) == (True, Level.LARGE_REFUSED)
+    assert (gauge.read(730), gauge.level) == (False, Level.LARGE_REFUSED)
     assert (gauge.read(710), gauge.level) == (True, Level.SENDERS_REFUSED)
-    assert (gauge.read(820), gauge.level) == (True, Level.ALL_REFUSED)
+    assert (gauge.read(960), gauge.level) == (True, Level.ALL_REFUSED)
+    assert (gauge.read(700), gauge.level) == (True, Level.SENDERS_REFUSED)
+    assert (gauge.read(960), gauge.level) == (True, Level.ALL_REFUSED)
     assert (gauge.read(100), gauge.level) == (True, Level.FINE)
 
 
@@ -323,7 +325,7 @@ def test_messages_come_through_as_they_were():
         messages.Failed("it ended", ("a", "b")),
         messages.Restarted(13, "it ended with code -9"),
         messages.Dead("n1@h", 3, "its connection is gone"),
-        messages.Full(9, 10, all=False),
+        messages.Full(9, 10, results=False),
         messages.Room(),
         messages.Alive(),
     ):
