@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: help demo test check wheel clean
+.PHONY: help demo test chaos check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -20,6 +20,10 @@ demo: $(VENV)/installed  ## count primes on a cluster of local processes
 
 test: $(VENV)/developing  ## run all tests
 	$(BIN)/pytest --cov --cov-report=term $(TESTS)
+
+chaos: $(VENV)/developing  ## kill and freeze workers and broker at random; SEED=7 KILLS=1000
+	CHAOS_SEED=$(SEED) CHAOS_KILLS=$(KILLS) CHAOS_FAULTS="$(FAULTS)" CHAOS_REPORT=$(REPORT) \
+		$(BIN)/pytest --quiet tests/chaos
 
 check: $(VENV)/developing  ## lint, types, direction of imports
 	$(BIN)/ruff format --check
