@@ -206,7 +206,8 @@ class Client(threading.Thread):
             while not self._told.is_set() and len(self.tally.troubles) < 5:
                 self._batch()
         except BaseException as error:  # noqa: BLE001 (whatever it is, the run must hear of it)
-            self.tally.troubles.append(f"{self.name} ended: {error!r}")
+            trace = "".join(traceback.format_exception(error))
+            self.tally.troubles.append(f"{self.name} ended: {trace}")
 
     def _batch(self) -> None:
         sent = [
