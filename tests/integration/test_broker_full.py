@@ -1,0 +1,451 @@
+"""The broker's memory is bounded: what is too large is refused, what was delivered is freed,
+who sends too much is told, and nothing that was accepted is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+from bulkapp import (
+    app,
+    fail_at_length,
+    hold,
+    hold_and_die,
+    length,
+    mark_of,
+    marks,
+    send_on,
+    swell,
+    swell_later,
+)
+from celery import chain, chord, group
+from celery.exceptions import ChordError
+from celery.result import AsyncResult
+
+import cluster
+from cluster.model import State
+from cluster.wire import keys
+
+#: Seconds for a result.
+SOON = 30
+
+MB = 1_000_000
+MIB = 2**20
+
+#: The least that a broker may have, and what that makes of the limit of one message.
+MEMORY = 32 * MIB
+
+LARGE = "x" * 100_000
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLUSTER_BROKER_MEMORY", "32MiB")
+
+
+@pytest.fixture
+def small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLUSTER_MESSAGE_LIMIT", "100kB")
+
+
+def lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def used(c: cluster.Cluster) -> int:
+    return int(c._client.info("memory")["used_memory"])
+
+
+def queued(c: cluster.Cluster) -> int:
+    return int(c._client.llen("celery"))
+
+
+def one_right(result: AsyncResult, mark: int, size: int = MB) -> bool:
+    return result.get(timeout=SOON) == [mark, "x" * size]
+
+
+def busy(tmp_path: Path, eventually: Callable[..., None]) -> tuple[AsyncResult, Path]:
+    """One worker is held up until the file exists."""
+    go, log = tmp_path / "go", tmp_path / "log"
+    result = hold.delay(str(go), str(log))
+    eventually(lambda: lines(log), "the worker is busy")
+    return result, go
+
+
+# -- one that is too large --------------------------------------------------------------
+
+
+def test_arguments_beyond_the_limit_are_refused_and_nothing_is_queued(small_messages):
+    with cluster.start(0, app=app) as c:
+        with pytest.raises(cluster.MessageTooLarge) as caught:
+            length.delay("x" * 200_000)
+        assert caught.value.limit == 100_000
+        assert caught.value.size > 200_000
+        assert "bulkapp.length" in str(caught.value)
+        assert "CLUSTER_MESSAGE_LIMIT" in str(caught.value)
+        big = length.s("x" * 200_000)
+        for canvas in (
+            chain(big, mark_of.s()),
+            group([big, big]),
+            chord([big], marks.s()),
+            chord([length.s("")], length.si("x" * 200_000)),
+        ):
+            with pytest.raises(cluster.MessageTooLarge):
+                canvas.apply_async()
+        assert queued(c) == 0
+        length.delay("x" * 50_000)
+        assert queued(c) == 1
+
+
+def test_a_chain_with_a_later_link_that_is_too_large_is_refused_as_a_whole(small_messages):
+    """Its first message has all of them. A group's members are sent one by one."""
+    with cluster.start(0, app=app) as c:
+        with pytest.raises(cluster.MessageTooLarge):
+            chain(length.s("x"), length.si("x" * 200_000)).apply_async()
+        assert queued(c) == 0
+
+
+def test_a_result_beyond_the_limit_fails_its_task_and_what_waits_for_it(small_messages):
+    with cluster.start(1, app=app):
+        with pytest.raises(cluster.MessageTooLarge, match="CLUSTER_MESSAGE_LIMIT") as caught:
+            swell.delay(200_000).get(timeout=SOON)
+        assert caught.value.limit == 100_000
+        assert caught.value.size > 200_000
+        result = chain(swell.s(200_000), mark_of.s())()
+        with pytest.raises(cluster.MessageTooLarge):
+            result.get(timeout=SOON)
+        with pytest.raises((cluster.MessageTooLarge, ChordError), match="result is too large"):
+            chord([swell.s(10, 1), swell.s(200_000, 2)])(marks.s()).get(timeout=SOON)
+        with pytest.raises(cluster.MessageTooLarge):
+            group([swell.s(10, 1), swell.s(200_000, 2)])().get(timeout=SOON)
+        assert length.delay("").get(timeout=SOON) == [0, 0]
+
+
+def test_a_chord_whose_body_gets_too_much_from_its_members_fails(small_messages):
+    """Each is small enough, together they aren't."""
+    with cluster.start(1, app=app):
+        result = chord([swell.s(60_000, i) for i in range(3)])(marks.s())
+        with pytest.raises((cluster.MessageTooLarge, ChordError), match="too large"):
+            result.get(timeout=SOON)
+        assert length.delay("").get(timeout=SOON) == [0, 0]
+
+
+def test_a_chain_whose_next_link_gets_too_much_fails(small_messages):
+    """The result itself is within the limit; with the rest of the message it isn't."""
+    with cluster.start(1, app=app):
+        result = chain(swell.s(80_000), marks.s(), length.si("x" * 40_000))()
+        with pytest.raises(cluster.MessageTooLarge):
+            result.get(timeout=SOON)
+        assert length.delay("").get(timeout=SOON) == [0, 0]
+
+
+def test_an_exception_beyond_the_limit_is_a_failure_that_is_stored(small_messages):
+    with cluster.start(1, app=app):
+        result = fail_at_length.delay(200_000)
+        with pytest.raises((cluster.MessageTooLarge, ValueError), match="too large"):
+            result.get(timeout=SOON)
+        assert result.state == "FAILURE"
+        with pytest.raises((ChordError, cluster.MessageTooLarge)):
+            chord([fail_at_length.s(200_000)])(marks.s()).get(timeout=SOON)
+
+
+def test_a_task_that_sends_too_much_fails_with_that(small_messages):
+    with cluster.start(1, app=app):
+        with pytest.raises(cluster.MessageTooLarge, match="bulkapp.length"):
+            send_on.delay(200_000).get(timeout=SOON)
+        inner = send_on.delay(50_000).get(timeout=SOON)
+        assert AsyncResult(inner, app=app).get(timeout=SOON) == [0, 50_000]
+
+
+# -- the queue is full ------------------------------------------------------------------
+
+
+def send_until_full(send: Callable[[int], object]) -> list[object]:
+    """What was accepted until a send was refused."""
+    accepted = []
+    with pytest.raises(cluster.BrokerFull, match="CLUSTER_BROKER_MEMORY"):
+        for i in range(1000):
+            accepted.append(send(i))  # noqa: PERF401 (what comes before an exception counts)
+    return accepted
+
+
+def test_a_queue_that_fills_up_refuses_senders_and_loses_nothing(
+    little_memory, tmp_path: Path, eventually, caplog
+):
+    with cluster.start(1, app=app) as c:
+        held, go = busy(tmp_path, eventually)
+        accepted = send_until_full(lambda i: length.delay(LARGE, i))
+        assert queued(c) == len(accepted) > 100
+        assert used(c) < 0.95 * MEMORY, "before the server itself refuses"
+        eventually(lambda: "The broker is full" in caplog.text, "the manager says so")
+        assert "CLUSTER_BROKER_MEMORY" in caplog.text
+        go.touch()
+        assert held.get(timeout=SOON) == "held"
+        assert [r.get(timeout=SOON) for r in accepted] == [
+            [i, len(LARGE)] for i in range(len(accepted))
+        ]
+        eventually(lambda: "There is room in the broker again" in caplog.text, "and that")
+        assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
+        assert c.state is State.READY
+
+
+def test_several_threads_meet_a_full_queue(little_memory, tmp_path: Path, eventually):
+    with cluster.start(1, app=app) as c:
+        held, go = busy(tmp_path, eventually)
+        accepted: dict[int, list[AsyncResult]] = {n: [] for n in range(4)}
+        refused = []
+
+        def send(n: int) -> None:
+            try:
+                for i in range(1000):
+                    accepted[n].append(length.delay(LARGE, i))
+            except cluster.BrokerFull as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=send, args=(n,)) for n in accepted]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SOON)
+        assert len(refused) == 4
+        assert queued(c) == sum(map(len, accepted.values()))
+        go.touch()
+        held.get(timeout=SOON)
+        for results in accepted.values():
+            assert [r.get(timeout=SOON)[0] for r in results] == list(range(len(results)))
+
+
+def test_a_batch_meets_a_full_queue(little_memory, tmp_path: Path, eventually, caplog):
+    """What a batch has sent runs; once the broker is full, a batch is refused like any other."""
+    with cluster.start(1, app=app) as c:
+        held, go = busy(tmp_path, eventually)
+        sent: list[AsyncResult] = []
+
+        def send_batches() -> None:
+            for start in range(0, 1000, 10):
+                with app.producer_pool.acquire(block=True) as producer, producer.batch():
+                    batch = [
+                        length.apply_async((LARGE, i), producer=producer)
+                        for i in range(start, start + 10)
+                    ]
+                sent.extend(batch)
+
+        with pytest.raises(cluster.BrokerFull):
+            send_batches()
+        assert queued(c) >= len(sent) > 100
+        go.touch()
+        held.get(timeout=SOON)
+        assert [r.get(timeout=SOON)[0] for r in sent] == list(range(len(sent)))
+        assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
+
+
+def test_a_broker_that_is_full_at_a_stroke_says_so(
+    little_memory, tmp_path: Path, eventually, caplog
+):
+    """Large messages skip the levels between: the server is full before anybody has looked."""
+    with cluster.start(1, app=app) as c:
+        held, go = busy(tmp_path, eventually)
+        accepted = send_until_full(lambda i: length.delay("x" * 5 * MB, i))
+        eventually(lambda: "The broker is full" in caplog.text, "the manager says so", timeout=5)
+        go.touch()
+        held.get(timeout=SOON)
+        assert [r.get(timeout=SOON)[0] for r in accepted] == list(range(len(accepted)))
+        eventually(lambda: c._client.get(keys.FULL) is None, "there is room again")
+        assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
+
+
+def test_a_task_that_is_given_up_while_the_broker_is_full_fails_afterwards(
+    tmp_path: Path, monkeypatch, eventually
+):
+    """Its failure can't be stored as long as there is no room."""
+    monkeypatch.setenv("CLUSTER_MAX_DELIVERIES", "1")
+    log, go = tmp_path / "log", tmp_path / "go"
+    with cluster.start(1, app=app) as c:
+        result = hold_and_die.delay(str(go), str(log))
+        eventually(lambda: lines(log), "it runs")
+        before = c._client.config_get("maxmemory")["maxmemory"]
+        c._client.config_set("maxmemory", 1)
+        go.touch()
+        refused = c._client.info("stats")["total_error_replies"]
+        eventually(
+            lambda: c._client.info("stats")["total_error_replies"] > refused, "it can't be stored"
+        )
+        c._client.config_set("maxmemory", before)
+        with pytest.raises(cluster.WorkerLost, match="was given up"):
+            result.get(timeout=SOON)
+
+
+# -- results ----------------------------------------------------------------------------
+
+
+def test_results_that_were_delivered_one_after_the_other_are_freed(little_memory):
+    with cluster.start(2, app=app) as c:
+        first = swell.delay(MB, 0)
+        assert one_right(first, 0)
+        for i in range(1, 150):
+            assert one_right(swell.delay(MB, i), i)
+            assert used(c) < MEMORY
+        assert first.get(timeout=SOON)[0] == 0, "who has it has it"
+        with pytest.raises(cluster.ClusterError, match="freed.*CLUSTER_BROKER_MEMORY"):
+            AsyncResult(first.id, app=app).get(timeout=SOON)
+        recent = swell.delay(MB, 150)
+        assert one_right(recent, 150)
+        assert AsyncResult(recent.id, app=app).get(timeout=SOON)[0] == 150
+
+
+def test_results_that_were_delivered_to_a_group_are_freed(little_memory):
+    with cluster.start(2, app=app) as c:
+        for _ in range(8):
+            values = group([swell.s(MB, i) for i in range(20)])().get(timeout=SOON)
+            assert [value[0] for value in values] == list(range(20))
+            assert used(c) < MEMORY
+
+
+def test_the_last_results_that_were_delivered_are_freed(little_memory, eventually):
+    """Also if nobody asks for anything afterwards."""
+    with cluster.start(2, app=app) as c:
+        values = group([swell.s(MB, i) for i in range(26)])().get(timeout=SOON)
+        assert [value[0] for value in values] == list(range(26))
+        eventually(lambda: used(c) < MEMORY / 2 + 2 * MB, "they are freed", timeout=5)
+        assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
+
+
+def test_results_that_were_polled_for_are_freed(little_memory, eventually):
+    """``ready()`` brings the result along, and ``get()`` then asks for nothing."""
+    with cluster.start(2, app=app):
+        for i in range(60):
+            result = swell.delay(MB, i)
+            eventually(result.ready, "it is done")
+            assert one_right(result, i)
+
+
+def test_results_that_chains_and_chords_passed_on_are_freed(little_memory):
+    """The manager only ever gets the last one."""
+    with cluster.start(2, app=app):
+        for i in range(40):
+            assert chain(swell.s(MB, i), mark_of.s())().get(timeout=SOON) == i
+        for i in range(8):
+            header = [swell.s(MB, i) for _ in range(5)]
+            assert chord(header)(marks.s()).get(timeout=SOON) == [i] * 5
+
+
+def test_without_pressure_a_result_can_be_asked_for_again():
+    with cluster.start(1, app=app):
+        results = [swell.delay(MB, i) for i in range(20)]
+        for _ in range(2):
+            for i, result in enumerate(results):
+                assert one_right(AsyncResult(result.id, app=app), i)
+
+
+def test_small_results_in_great_numbers_are_freed(little_memory, eventually):
+    """What stands in the place of each must not fill the broker either."""
+    with cluster.start(1, app=app) as c:
+        result = length.delay("", 1)
+        assert result.get(timeout=SOON) == [1, 0]
+        [key] = [key for key in c._client.keys("celery-task-meta-*") if result.id.encode() in key]
+        # As many as there would be after some minutes' work, all of them delivered.
+        store = """
+        local value = redis.call('GET', KEYS[1])
+        for i = 1, 10000 do
+          local key = 'celery-task-meta-' .. redis.sha1hex(ARGV[1] .. i)
+          redis.call('SETEX', key, 86400, value)
+          redis.call('LPUSH', KEYS[2], key)
+        end
+        """
+        for i in range(20):
+            eventually(lambda: used(c) < 0.75 * MEMORY, f"there is room for lot {i}", timeout=10)
+            c._client.eval(store, 2, key, keys.DELIVERED, i)
+        assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
+
+
+def test_results_that_nobody_fetches_yet_wait_with_their_workers(
+    little_memory, tmp_path: Path, eventually, caplog
+):
+    with cluster.start(2, app=app) as c:
+        before = c.workers
+        results = [swell.delay(MB, i) for i in range(40)]
+        eventually(lambda: "Results are refused as well" in caplog.text, "the broker is full")
+        eventually(lambda: "out of reach" in str(c.logs()), "a worker can't store its result")
+        assert c.workers == before
+        assert all(one_right(result, i) for i, result in enumerate(results))
+        assert c.workers == before
+        assert c.state is State.READY
+
+
+@pytest.mark.parametrize("victims", [1, 2])
+def test_a_worker_killed_in_a_full_broker_is_replaced_and_nothing_is_lost(
+    little_memory, victims: int, eventually, caplog
+):
+    """The replacement joins a broker that refuses writes, and neither it nor the guardian gives
+    up."""
+    with cluster.start(2, app=app) as c:
+        before = set(c.workers)
+        results = [swell.delay(MB, i) for i in range(40)]
+        eventually(lambda: "Results are refused as well" in caplog.text, "the broker is full")
+        workers = list(c.launcher._workers.values())
+        for worker in workers[:victims]:
+            os.kill(worker.process.pid, signal.SIGKILL)
+        eventually(lambda: len(before - set(c.workers)) == victims, "it is missed")
+        c.wait_for_workers(2, timeout=15)
+        assert all(one_right(result, i) for i, result in enumerate(results))
+        assert c.state is State.READY
+        assert len(c.status().workers) == 2 + victims, "no crash loop"
+
+
+def test_a_slow_first_result_does_not_wait_for_ever_behind_large_ones(
+    little_memory, tmp_path: Path, eventually
+):
+    """The results after it fill the broker; who asks for them in order must get the first."""
+    go = tmp_path / "go"
+    with cluster.start(2, app=app) as c:
+        results = [swell_later.delay(str(go), MB, 0)]
+        results += [swell.delay(MB, i) for i in range(1, 40)]
+        eventually(lambda: used(c) > 0.95 * MEMORY, "the others fill it")
+        go.touch()
+        assert all(one_right(result, i) for i, result in enumerate(results))
+
+
+def test_a_chord_whose_results_fill_the_broker_goes_through(little_memory):
+    """Its members' results are there twice over, and the body's message has them all."""
+    with cluster.start(2, app=app):
+        result = chord([swell.s(MB, i) for i in range(5)])(marks.s())
+        assert result.get(timeout=SOON) == list(range(5))
+
+
+def test_a_chord_that_is_too_much_for_the_broker_ends(little_memory):
+    """More than it can ever hold: an error, and no hanging; others can go on."""
+    with cluster.start(2, app=app):
+        result = chord([swell.s(MB, i) for i in range(30)])(marks.s())
+        with pytest.raises((cluster.ClusterError, ChordError)):
+            result.get(timeout=SOON)
+
+
+def test_a_manager_that_does_not_read_for_a_while_gets_everything(eventually):
+    """The server cuts a subscriber's connection that has too much waiting for it."""
+    with cluster.start(2, app=app) as c:
+        limits = c._client.config_get("client-output-buffer-limit")["client-output-buffer-limit"]
+        assert "pubsub 33554432" in limits
+        results = [swell.delay(MB, i) for i in range(60)]
+        done = count()
+        stored = "celery-task-meta-*"
+        eventually(
+            lambda: next(done) >= 0 and len(list(c._client.scan_iter(stored, 1000))) == 60,
+            "all are stored",
+        )
+        assert [r.get(timeout=SOON)[0] for r in results] == list(range(60))
+        assert swell.delay(MB, 60).get(timeout=SOON)[0] == 60
+
+
+def test_a_manager_that_sleeps_while_a_group_runs_gets_everything(eventually):
+    with cluster.start(2, app=app) as c:
+        result = group([swell.s(MB, i) for i in range(60)])()
+        stored = "celery-task-meta-*"
+        eventually(lambda: len(list(c._client.scan_iter(stored, 1000))) == 60, "all are stored")
+        time.sleep(0)
+        assert [value[0] for value in result.get(timeout=SOON)] == list(range(60))
