@@ -22,7 +22,7 @@ from cluster.wire import keys
 SOON = 25
 
 #: Seconds until tasks are due that a worker shall hold until it is gone.
-COUNTDOWN = 4
+COUNTDOWN = 3
 
 LOSSES = ["killed", "frozen", "told to leave"]
 
@@ -174,9 +174,7 @@ def test_a_time_limit_holds_for_the_second_run_as_well(log: Path, go: Path, even
 
 
 @pytest.mark.parametrize("how", LOSSES[:2])
-def test_high_priorities_come_first_when_they_come_back(
-    how: str, log: Path, go: Path, eventually
-):
+def test_high_priorities_come_first_when_they_come_back(how: str, log: Path, go: Path, eventually):
     """Also before those that were taken ahead of them."""
     with cluster.start(1, app=ahead) as c:
         results = [hold_up.apply_async((str(go), str(log)), priority=0)]
@@ -208,7 +206,7 @@ def test_what_was_taken_ahead_of_a_deadly_task_is_not_given_up_with_it(log: Path
 # -- revoked ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", LOSSES[:2])
+@pytest.mark.parametrize("how", LOSSES)
 def test_what_is_revoked_while_its_worker_is_lost_is_not_run(
     how: str, log: Path, go: Path, tmp_path: Path, eventually
 ):

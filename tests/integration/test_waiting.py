@@ -33,6 +33,7 @@ from pathlib import Path
 from celery import Celery
 from celery.signals import worker_ready
 app = Celery("waits", accept_content=["json", "pickle"])
+app.conf.result_serializer = os.environ.get("SERIALIZER", "json")
 task = partial(app.task, shared=False)  # each test makes this module anew
 @task
 def never(*_):
@@ -245,11 +246,11 @@ WORDS = {
 
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
 def test_who_died_of_a_task_and_how_is_in_its_error(
-    serializer: str, load, tmp_path: Path, monkeypatch, eventually
+    serializer: str, load, tmp_path: Path, monkeypatch
 ):
     monkeypatch.setenv("CLUSTER_MAX_DELIVERIES", "2")
+    monkeypatch.setenv("SERIALIZER", serializer)
     m = load()
-    m.app.conf.result_serializer = serializer
     with cluster.start(1, app=m.app) as c:
         for kind, words in WORDS.items():
             log = tmp_path / kind
