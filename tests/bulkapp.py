@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from celery import Celery
+from celery import Celery, Task
 
 app = Celery("bulk")
 
@@ -38,6 +38,14 @@ def swell(size: int, mark: int = 0) -> list[object]:
 def swell_later(go: str, size: int, mark: int = 0) -> list[object]:
     wait_for_file(go)
     return [mark, "x" * size]
+
+
+@app.task(bind=True)
+def retry_later(self: Task, go: str) -> int:
+    wait_for_file(go)
+    if self.request.retries == 0:
+        raise self.retry(countdown=0)
+    return self.request.retries
 
 
 @app.task

@@ -80,7 +80,9 @@ def put_down(log: str, line: str) -> str:
 
 
 @ahead.task
-def kill_worker(log: str) -> None:
+def kill_worker(go: str, log: str) -> None:
+    """Each time when there is one more of the files."""
     note(log, "start")
+    wait_for_file(f"{go}{len(Path(log).read_text().splitlines())}")
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(PATIENCE)  # until it hears of it

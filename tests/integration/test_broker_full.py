@@ -3,11 +3,12 @@ who sends too much is told, and nothing that was accepted is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from bulkapp import (
     length,
     mark_of,
     marks,
+    retry_later,
     send_on,
     swell,
     swell_later,
@@ -268,6 +270,21 @@ def test_a_broker_that_is_full_at_a_stroke_says_so(
         assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
 
 
+@contextlib.contextmanager
+def refusing_all(c: cluster.Cluster, eventually: Callable[..., None]) -> Iterator[None]:
+    """The server has no room for anything, until something has been refused for a while."""
+    before = c._client.config_get("maxmemory")["maxmemory"]
+    c._client.config_set("maxmemory", 1)
+    try:
+        refused = c._client.info("stats")["total_error_replies"]
+        yield
+        eventually(
+            lambda: c._client.info("stats")["total_error_replies"] > refused, "it is refused"
+        )
+    finally:
+        c._client.config_set("maxmemory", before)
+
+
 def test_a_task_that_is_given_up_while_the_broker_is_full_fails_afterwards(
     tmp_path: Path, monkeypatch, eventually
 ):
@@ -277,16 +294,47 @@ def test_a_task_that_is_given_up_while_the_broker_is_full_fails_afterwards(
     with cluster.start(1, app=app) as c:
         result = hold_and_die.delay(str(go), str(log))
         eventually(lambda: lines(log), "it runs")
-        before = c._client.config_get("maxmemory")["maxmemory"]
-        c._client.config_set("maxmemory", 1)
-        go.touch()
-        refused = c._client.info("stats")["total_error_replies"]
-        eventually(
-            lambda: c._client.info("stats")["total_error_replies"] > refused, "it can't be stored"
-        )
-        c._client.config_set("maxmemory", before)
+        with refusing_all(c, eventually):
+            go.touch()
         with pytest.raises(cluster.WorkerLost, match="was given up"):
             result.get(timeout=SOON)
+
+
+@pytest.mark.parametrize("kind", ["the next link", "a chord's body", "another try"])
+def test_what_a_worker_sends_on_while_the_broker_is_full_is_sent_afterwards(
+    kind: str, tmp_path: Path, eventually
+):
+    """It was accepted with the task."""
+    go = tmp_path / "go"
+    with cluster.start(1, app=app) as c:
+        if kind == "the next link":
+            result, value = chain(swell_later.s(str(go), 10, 1), mark_of.s())(), 1
+        elif kind == "a chord's body":
+            result, value = chord([swell_later.s(str(go), 10, 2)])(marks.s()), [2]
+        else:
+            result, value = retry_later.delay(str(go)), 1
+        eventually(lambda: queued(c) == 0, "it runs")
+        with refusing_all(c, eventually):
+            go.touch()
+        assert result.get(timeout=SOON / 2) == value
+
+
+def test_who_sends_for_the_first_time_while_the_broker_is_full_is_told(eventually):
+    """By the error of everybody else, over a connection that is new."""
+    errors: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            length.delay("x")
+        except cluster.BrokerFull as error:
+            errors.append(error)
+
+    with cluster.start(0, app=app) as c, refusing_all(c, eventually):
+        send()
+        thread = threading.Thread(target=send)
+        thread.start()
+        thread.join(SOON)
+        assert len(errors) == 2
 
 
 # -- results ----------------------------------------------------------------------------

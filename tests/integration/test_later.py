@@ -137,8 +137,10 @@ def test_a_worker_that_leaves_does_not_wait_for_what_waits(log: Path, go: Path, 
         first.get(timeout=SOON)
         second = limited.delay(str(log), "second")
         eventually(lambda: held(c) == 3, "the worker holds them")
-        process = worker_of(c)
+        process, nodes = worker_of(c), set(c.workers)
         process.terminate()
+        asked = app.control.inspect(destination=nodes, limit=1, timeout=3)
+        assert asked.ping().keys() == nodes, "it answers until it has left"
         go.touch()
         assert running.get(timeout=SOON) == "held"
         eventually(lambda: process.poll() == 81, "it has left", timeout=5)
@@ -162,7 +164,7 @@ def test_a_task_that_waits_for_its_turn_has_killed_nobody(log: Path, monkeypatch
 
 def test_a_time_limit_holds_for_the_second_run_as_well(log: Path, go: Path, eventually):
     with cluster.start(1, app=app) as c:
-        result = hold.apply_async((str(go), str(log)), time_limit=2)
+        result = hold.apply_async((str(go), str(log)), time_limit=1)
         eventually(lambda: lines(log), "it runs")
         lose(c, "killed", eventually)
         with pytest.raises(TimeLimitExceeded):
@@ -191,16 +193,22 @@ def test_high_priorities_come_first_when_they_come_back(how: str, log: Path, go:
     assert seen == ["0 waits", "3", "3 waits", "6", "9", "9 waits"]
 
 
-def test_what_was_taken_ahead_of_a_deadly_task_is_not_given_up_with_it(log: Path, eventually):
+def test_what_was_taken_ahead_of_a_deadly_task_is_not_given_up_with_it(
+    log: Path, go: Path, tmp_path: Path, eventually
+):
     """It never ran: the deaths are the other's."""
+    other = tmp_path / "other"
     with cluster.start(1, app=ahead) as c:
-        deadly = kill_worker.delay(str(log))
-        innocent = [put_down.delay(str(log), str(i)) for i in range(3)]
+        deadly = kill_worker.delay(str(go), str(log))
+        innocent = [put_down.delay(str(other), str(i)) for i in range(3)]
+        for times in range(1, 4):
+            eventually(lambda n=times: len(lines(log)) == n and held(c) == 4, "it has all")
+            Path(f"{go}{times}").touch()
         with pytest.raises(cluster.WorkerLost):
             deadly.get(timeout=SOON)
         assert [result.get(timeout=SOON) for result in innocent] == ["0", "1", "2"]
         c.wait_for_workers(1, timeout=SOON)
-    assert lines(log) == ["start"] * 3 + ["0", "1", "2"]
+    assert lines(other) == ["0", "1", "2"]
 
 
 # -- revoked ----------------------------------------------------------------------------
