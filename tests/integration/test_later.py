@@ -139,7 +139,7 @@ def test_a_worker_that_leaves_does_not_wait_for_what_waits(log: Path, go: Path, 
         eventually(lambda: held(c) == 3, "the worker holds them")
         process, nodes = worker_of(c), set(c.workers)
         process.terminate()
-        asked = app.control.inspect(destination=nodes, limit=1, timeout=3)
+        asked = app.control.inspect(destination=list(nodes), limit=1, timeout=3)
         assert asked.ping().keys() == nodes, "it answers until it has left"
         go.touch()
         assert running.get(timeout=SOON) == "held"
