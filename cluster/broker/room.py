@@ -35,7 +35,7 @@ LEAVE_AT = 0.9
 
 #: Seconds between looks at the server's memory, while there is room and when there is less.
 LOOK_EVERY = 0.25
-LOOK_CLOSELY_EVERY = 0.05
+LOOK_CLOSELY_EVERY = 0.02
 
 #: Results to free in one step, and steps in one look: each holds up the server.
 FREE_AT_ONCE = 500

@@ -49,6 +49,7 @@ class Workers:
         self._patience = patience
         self._presence = Presence(patience)
         self._attention = Attention(longest=LONGEST_LOOK)
+        self._hearing = Attention(longest=patience / BEATS)
         self._to_bury: dict[str, str] = {}  # who was found dead, and why, until it is done
         self._next_full_look = 0.0
         self._next_hearing = 0.0
@@ -88,7 +89,7 @@ class Workers:
             yield from self._look_for_missing(now)
         if now >= self._next_hearing:
             self._next_hearing = now + self._patience / BEATS
-            yield from self._listen_for_silent(now)
+            yield from self._listen_for_silent()
 
     def _look_for_missing(self, now: float) -> Iterator[Dead]:
         nodes = self._members()
@@ -102,10 +103,11 @@ class Workers:
             dead = self._presence.judge(suspects, connected, now)
             yield from self._bury(dead, "its connection is gone")
 
-    def _listen_for_silent(self, now: float) -> Iterator[Dead]:
+    def _listen_for_silent(self) -> Iterator[Dead]:
         silences = self._silences("pubsub")
         members = {node: silences[node] for node in self._members() if node in silences}
-        dead = self._presence.hear(members, now)
+        # By a clock of its own, on which no pause counts for more than one look.
+        dead = self._presence.hear(members, self._hearing.look(time.monotonic()))
         yield from self._bury(dead, f"no sign of life for {self._patience:g} s: stopped or cut off")
 
     def _bury(self, nodes: Iterable[str], why: str) -> Iterator[Dead]:

@@ -43,7 +43,7 @@ from redis.retry import Retry
 from cluster.errors import BrokerLost, ClusterError
 from cluster.settings import ORPHAN_TIMEOUT
 from cluster.wire import deliveries, ending, identity, keys
-from cluster.wire.chord import PartReturn
+from cluster.wire.chord import NOTE_TOO_LARGE, PartReturn
 from cluster.wire.client import lean
 from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_full, is_refusal
 from cluster.wire.refusals import MessageTooLarge, check_size, refuse_as_full
@@ -372,16 +372,17 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 break
         return result
 
-    @staticmethod
-    def _store_in_time(store: Callable[[], bool], request: Any, since: float) -> bool:
+    def _store_in_time(self, store: Callable[[], bool], request: Any, since: float) -> bool:
         """A result that doesn't fit in waits until others have been got; but a chord's member may
-        wait for those of its own chord, which nobody gets."""
+        wait for those of its own chord, which nobody gets. Once one has, the others needn't."""
         try:
             return store()
         except RedisConnectionError as error:
-            of_chord = request is not None and getattr(request, "chord", None)
-            if of_chord and is_full(error) and monotonic() - since > CHORD_PATIENCE:
-                refuse_as_full(f"{error}; the results of its chord don't fit in")
+            if is_full(error) and getattr(request, "chord", None):
+                note = self.get_key_for_group(request.group, ".full")
+                if monotonic() - since > CHORD_PATIENCE or self.client.exists(note):
+                    self.client.eval(NOTE_TOO_LARGE, 1, note)
+                    refuse_as_full(f"{error}; the results of its chord don't fit in")
             raise
 
     def _encode_meta(

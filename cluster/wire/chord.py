@@ -38,6 +38,14 @@ return counted
 """
 
 
+#: Note that a chord doesn't fit into the broker. KEYS: the note. What follows a write isn't
+#: refused for want of memory.
+NOTE_TOO_LARGE = """
+redis.call('DEL', KEYS[1])
+return redis.call('SET', KEYS[1], '1', 'EX', 600)
+"""
+
+
 class PartReturn:
     """Stands in for Celery's script of the same purpose.
 
