@@ -41,6 +41,11 @@ BROKER_MEMORY_AT_LEAST = 32 * 2**20
 #: Of the broker's memory, the part that one message may take.
 MESSAGES_IN_MEMORY = 4
 
+#: Parts of the broker's memory: from the first on, senders are refused; from the second on, large
+#: results (:mod:`cluster.broker.room`).
+SENDERS_REFUSED_FROM = 0.6
+LARGE_REFUSED_FROM = 0.8
+
 #: Seconds that running tasks get to finish when a cluster stops.
 STOP_TIMEOUT = 3.0
 

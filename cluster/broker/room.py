@@ -23,12 +23,14 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from cluster.broker.messages import Full, Room
+from cluster.settings import LARGE_REFUSED_FROM, SENDERS_REFUSED_FROM
 from cluster.wire import keys
 from cluster.wire.scripts import RESULTS_REFUSED, Scripts
 
-#: Parts of the memory: from the first on, what was delivered is freed; from the second on,
-#: senders are refused; from the third on, large results; from the fourth on, all.
-FREE_FROM, REFUSE_FROM, LARGE_FROM, ALL_FROM = 0.4, 0.6, 0.8, 0.95
+#: Parts of the memory: from the first on, what was delivered is freed; from the second on, all is
+#: refused. Those in between are in the settings: who brings something large is asked at once,
+#: by the scripts, since much may come between two looks.
+FREE_FROM, ALL_FROM = 0.4, 0.95
 
 #: A level is left when less than this part of what it began at is used.
 LEAVE_AT = 0.9
@@ -75,8 +77,8 @@ class Gauge:
         before = self.level
         begins = {
             Level.FINE: 0.0,
-            Level.SENDERS_REFUSED: REFUSE_FROM * self.memory,
-            Level.LARGE_REFUSED: LARGE_FROM * self.memory,
+            Level.SENDERS_REFUSED: SENDERS_REFUSED_FROM * self.memory,
+            Level.LARGE_REFUSED: LARGE_REFUSED_FROM * self.memory,
             Level.ALL_REFUSED: ALL_FROM * self.memory,
         }
         reached = max(level for level, begin in begins.items() if used >= begin)

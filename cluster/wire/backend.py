@@ -41,7 +41,7 @@ from redis.exceptions import ResponseError, WatchError
 from redis.retry import Retry
 
 from cluster.errors import BrokerLost, ClusterError
-from cluster.settings import ORPHAN_TIMEOUT
+from cluster.settings import LARGE_REFUSED_FROM, ORPHAN_TIMEOUT
 from cluster.wire import deliveries, ending, identity, keys
 from cluster.wire.chord import NOTE_TOO_LARGE, PartReturn
 from cluster.wire.client import lean
@@ -55,6 +55,7 @@ from cluster.wire.scripts import (
     LARGE,
     RESULTS_REFUSED,
     STORE,
+    no_room,
 )
 
 logger = get_logger(__name__)
@@ -429,7 +430,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
                     if (pipe.get(key) or b"") != stored:
                         return False
                     full = bytes_to_str(pipe.get(keys.FULL) or b"")
-                    if full.startswith(RESULTS_REFUSED) and not pipe.sismember(keys.AWAITED, key):
+                    if not full.startswith(RESULTS_REFUSED):
+                        full = no_room(pipe, len(value), LARGE_REFUSED_FROM)
+                    if full and not pipe.sismember(keys.AWAITED, key):
                         raise ResponseError(f"{FULL_ERROR} {full}")
                     pipe.multi()
                     pipe.set(key, value, ex=seconds or None)

@@ -19,7 +19,7 @@ from redis import Redis
 from redis.commands.core import Script
 from redis.exceptions import ResponseError
 
-from cluster.settings import MAX_DELIVERIES
+from cluster.settings import LARGE_REFUSED_FROM, MAX_DELIVERIES, SENDERS_REFUSED_FROM
 from cluster.wire import keys
 
 #: The first word of the error by which a script refuses a fenced node.
@@ -36,6 +36,20 @@ LARGE = 128 * 2**10
 _FENCE = f"""
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then
   return redis.error_reply('{FENCED_REPLY}')
+end
+"""
+
+#: Bytes of a message or result from which on it is itself compared with the room there is.
+SIZEABLE = 16 * 2**10
+
+# no_room(bytes, part): whether so much more is beyond that part of the memory, in words.
+_NO_ROOM = f"""
+local function no_room(bytes, part)
+  if bytes < {SIZEABLE} then return false end
+  local memory = redis.call('INFO', 'memory')
+  local used = tonumber(string.match(memory, 'used_memory:(%d+)'))
+  local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))
+  return most > 0 and used + bytes > part * most and used .. ' of ' .. most .. ' bytes are used'
 end
 """
 
@@ -215,12 +229,14 @@ return 1
 #: message, '1' from outside of a worker, milliseconds until the queue expires or 0, seconds to
 #: remember the number. A publisher numbers its messages and sends one after the other; what it
 #: sends again since no answer came is published once. Returns 1, or 0 if it was there.
-PUT = """
+PUT = (
+    _NO_ROOM
+    + f"""
 local last = redis.call('GET', KEYS[1])
 if last and tonumber(last) >= tonumber(ARGV[1]) then return 0 end
-if ARGV[3] == '1' and redis.call('EXISTS', KEYS[2]) == 1 then
-  return redis.error_reply('FULL ' .. redis.call('GET', KEYS[2]))
-end
+local full = ARGV[3] == '1'
+  and (redis.call('GET', KEYS[2]) or no_room(#ARGV[2], {SENDERS_REFUSED_FROM}))
+if full then return redis.error_reply('FULL ' .. full) end
 redis.call('LPUSH', KEYS[3], ARGV[2])
 redis.call('LPUSH', KEYS[4], '1')
 redis.call('SETEX', KEYS[1], ARGV[5], ARGV[1])
@@ -230,6 +246,7 @@ if expires > 0 then
 end
 return 1
 """
+)
 
 #: Announce a worker to the manager. KEYS: joined. ARGV: registration. Cutting the list changes
 #: nothing, but what follows a write isn't refused for want of memory, and this must not be:
@@ -281,10 +298,13 @@ return tonumber(ARGV[1])
 #: waited for. Returns whether it was stored.
 STORE = (
     _FENCE
-    + """
+    + _NO_ROOM
+    + f"""
 if (redis.call('GET', KEYS[2]) or '') ~= ARGV[4] then return 0 end
 local full = redis.call('GET', KEYS[3])
 local word = full and string.match(full, '^%a+')
+local near = ARGV[5] == '0' and no_room(#ARGV[2], {LARGE_REFUSED_FROM})
+if near and not word then word, full = 'large', near end
 if (word == 'large' and ARGV[5] == '0' or word == 'all' and ARGV[5] ~= '2')
   and redis.call('SISMEMBER', KEYS[4], KEYS[2]) == 0 then
   return redis.error_reply('FULL ' .. full)
@@ -308,6 +328,13 @@ RESULTS_REFUSED = ("large", "all")
 #: What stands where a large delivered result was that has been freed, and for how many seconds.
 FREED = b"cluster:freed"
 FREED_FOR = 600
+
+
+def no_room(client: Any, size: int, part: float) -> str:
+    """As the scripts' of that name: says so, or nothing."""
+    memory = client.info("memory")
+    used, most = memory["used_memory"], memory["maxmemory"]
+    return f"{used} of {most} bytes are used" if most and used + size > part * most else ""
 
 
 def is_fenced(error: ResponseError) -> bool:

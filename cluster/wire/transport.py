@@ -40,7 +40,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from cluster.settings import MAX_DELIVERIES
+from cluster.settings import MAX_DELIVERIES, SENDERS_REFUSED_FROM
 from cluster.wire import ending, identity, keys
 from cluster.wire.client import lean
 from cluster.wire.ledger import (
@@ -52,7 +52,7 @@ from cluster.wire.ledger import (
     reason,
 )
 from cluster.wire.refusals import check_size, refuse_as_full
-from cluster.wire.scripts import LARGE, PUT, Scripts, take_arguments
+from cluster.wire.scripts import AWAIT, FULL_ERROR, LARGE, PUT, Scripts, no_room, take_arguments
 
 logger = get_logger(__name__)
 
@@ -78,6 +78,7 @@ REMEMBER_PUBLISHED = 900
 
 _ledger: Ledger | None = None
 _taking = True
+_not_yet = False
 _after_absence: list[Callable[[Redis], None]] = []
 
 
@@ -108,6 +109,12 @@ def stop_taking() -> None:
     _taking = False
 
 
+def wait_with_taking(waits: bool) -> None:
+    """Whether to take messages later than now."""
+    global _not_yet
+    _not_yet = waits
+
+
 class QoS(kombu_redis.QoS):  # type: ignore[misc]
     """Settles through the ledger; the message was recorded when it was taken."""
 
@@ -116,7 +123,8 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]
 
     def can_consume(self) -> bool:
         # On a channel for orders, a drained worker still listens.
-        return (_taking or not self.channel._takes) and bool(super().can_consume())
+        may_take = _taking and not _not_yet
+        return (may_take or not self.channel._takes) and bool(super().can_consume())
 
     def append(self, message: Any, delivery_tag: str) -> None:
         kombu_redis.virtual.QoS.append(self, message, delivery_tag)
@@ -373,6 +381,24 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
                 else:
                     _refuse(error)
 
+    def _size(self, queue: str) -> int:
+        """kombu asks in a transaction, which a full broker refuses as a whole."""
+        with self.conn_or_acquire() as client:
+            return sum(
+                int(client.llen(self._q_for_pri(queue, step))) for step in self.priority_steps
+            )
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+        except ResponseError as error:
+            if not is_refusal(error):
+                raise
+            # What is sent may be refused, but not that there is a queue.
+            member = self.sep.join([routing_key or "", pattern or "", queue or ""])
+            with self.conn_or_acquire() as client:
+                client.eval(AWAIT, 1, self.keyprefix_queue % (exchange,), member)
+
     def create_publish_batch(self, max_size: int) -> Batch:
         return Batch(self, max_size)
 
@@ -491,8 +517,11 @@ def _put_large(client: Any, names: list[str], number: int, raw: str, outside: in
                 last = pipe.get(published)
                 if last is not None and int(last) >= number:
                     return
-                if outside and (why := pipe.get(full)) is not None:
-                    raise ResponseError(f"FULL {bytes_to_str(why)}")
+                if outside:
+                    why = bytes_to_str(pipe.get(full) or b"")
+                    why = why or no_room(pipe, len(raw), SENDERS_REFUSED_FROM)
+                    if why:
+                        raise ResponseError(f"{FULL_ERROR} {why}")
                 pipe.multi()
                 pipe.lpush(into, raw)
                 pipe.lpush(wake, "1")

@@ -21,7 +21,7 @@ from cluster.wire.exitcodes import ExitCode
 from cluster.wire.ledger import CONNECTION_ERRORS
 from cluster.wire.registration import encode
 from cluster.wire.scripts import Scripts
-from cluster.wire.transport import after_absence
+from cluster.wire.transport import after_absence, wait_with_taking
 from cluster.worker import revokes
 from cluster.worker.drain import Drain
 from cluster.worker.processes import end_now, reset_in_children
@@ -63,8 +63,10 @@ class Membership:
             traceback.print_exc()
             end_now(ExitCode.ORPHANED)
         # Two turns of the event loop later: in the first it subscribes to
-        # what a ping comes in on.
+        # what a ping and a revoke come in on. Then it has heard of all that
+        # it must not run, and takes its first task.
         hub = self._worker.hub
+        wait_with_taking(True)
         hub.call_soon(hub.call_soon, self._announce, registration)
 
     def _listen_for_orders(self) -> None:
@@ -131,3 +133,5 @@ class Membership:
             # The manager has lost its connection as well, and looks at the
             # registrations once it has another.
             logger.warning("The broker went away as this worker joined (%s).", error)
+        finally:
+            wait_with_taking(False)
