@@ -65,6 +65,7 @@ class Focus:
     disasters: Sequence[str] = DISASTERS
     seconds: Sequence[float] = SECONDS
     waits_for: Sequence[str] = ("", "", "", "eta", "limit")
+    large: Sequence[bool] = (False, False, True)
     usual: int = 3  # steps in which nothing unusual comes of a request, for one in which it does
 
 
@@ -115,6 +116,7 @@ class Protocol(RuleBasedStateMachine):
             task = Task(
                 f"t{len(self.world.tasks)}",
                 waits_for=self.one_of(data, self.focus.waits_for, "waits for"),
+                large=self.one_of(data, self.focus.large, "large"),
                 deadly=self.one_of(data, (False, False, True), "deadly"),
             )
             self.world.tasks[task.id] = task

@@ -9,6 +9,7 @@ expires. That a real server runs the scripts as this one does is shown by
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import hashlib
 import json
@@ -23,7 +24,7 @@ import msgpack
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cluster.wire.client import lean
@@ -32,7 +33,10 @@ Request = tuple[bytes, ...]
 
 #: Commands that change nothing.
 READS = frozenset(
-    (b"HLEN", b"HKEYS", b"HVALS", b"HEXISTS", b"PUBSUB", b"CLIENT", b"LINDEX", b"SCRIPT", b"GET")
+    (
+        *(b"HLEN", b"HKEYS", b"HVALS", b"HEXISTS", b"GET", b"LINDEX", b"SISMEMBER"),
+        *(b"PUBSUB", b"CLIENT", b"SCRIPT"),
+    )
 )
 
 OK = "OK"
@@ -449,6 +453,17 @@ class Server:
     def _scard(self, key: bytes) -> int:
         return len(self._value(key, set))
 
+    # -- transactions
+
+    def watched(self, names: tuple[bytes, ...]) -> dict[bytes, Any]:
+        """What these keys hold; a transaction that follows is carried out if that is still so."""
+        return {name: copy.copy(self.data.get(name)) for name in names}
+
+    def _exec(self, watched: dict[bytes, Any], requests: list[Request]) -> list[Any] | None:
+        if any(self.data.get(name) != value for name, value in watched.items()):
+            return None
+        return [self._command(request) for request in requests]
+
     # -- connections and scripts
 
     def _ping(self, *_: bytes) -> str:
@@ -578,6 +593,11 @@ class Link:
             raise RedisConnectionError("Connection refused")
         self._connect()
 
+    def watch(self, *names: str) -> dict[bytes, Any]:
+        """As ``WATCH``."""
+        self._reach()
+        return self.server.watched(tuple(name.encode() for name in names))
+
     def subscribe(self, *channels: str) -> Connection:
         """Hear what is published there; sending this again is a sign of life and no more."""
         self._reach()
@@ -611,18 +631,28 @@ class Client(Redis):
         return reply
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:
-        return _Pipeline(self)
+        return _Pipeline(self, transaction)
 
-    def _send(self, commands: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+    def _send(
+        self,
+        commands: list[tuple[tuple[Any, ...], dict[str, Any]]],
+        watched: dict[bytes, Any] | None = None,
+    ) -> list[Any]:
+        """Send these together; as a transaction, if something is ``watched`` for it."""
         encode = self.get_encoder().encode
-        requests = [
+        requests: list[Any] = [
             (
                 *(word.encode() for word in args[0].split()),
                 *(bytes(encode(argument)) for argument in args[1:]),
             )
             for args, _ in commands
         ]
-        replies = self.link.call(requests)
+        if watched is None:
+            replies = self.link.call(requests)
+        else:
+            [replies] = self.link.call([(b"EXEC", watched, requests)])
+        if replies is None:
+            raise WatchError("Watched variable changed.")
         return [
             self._parsed(args[0], reply, options)
             for (args, options), reply in zip(commands, replies, strict=True)
@@ -641,14 +671,27 @@ class Client(Redis):
 
 
 class _Pipeline(Pipeline):
-    def __init__(self, client: Client) -> None:
-        super().__init__(client.connection_pool, client.response_callbacks, False, None)
+    def __init__(self, client: Client, transaction: bool) -> None:
+        super().__init__(client.connection_pool, client.response_callbacks, transaction, None)
         self._client = client
+        self._watched: dict[bytes, Any] = {}
+
+    def watch(self, *names: str) -> bool:
+        self.watching = True
+        self._watched = self._client.link.watch(*names)
+        return True
+
+    def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
+        return self._client.execute_command(*args, **options)
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
         commands = [(args, options) for args, options in self.command_stack]
+        watched, atomic = self._watched, self.transaction or self.explicit_transaction
+        self._watched = {}
         self.reset()
-        replies = self._client._send(commands) if commands else []
+        if not commands:
+            return []
+        replies = self._client._send(commands, watched if atomic else None)
         if raise_on_error:
             for reply in replies:
                 if isinstance(reply, Exception):

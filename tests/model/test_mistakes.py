@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,13 +12,13 @@ import pytest
 from audit import Violation
 from hypothesis import Phase
 from machine import Focus, run
-from miniredis import Fate
+from miniredis import Fate, Link
 from world import QUEUES
 
 from cluster.broker import workers as guardian_module
 from cluster.broker.messages import Dead
 from cluster.broker.presence import Presence
-from cluster.wire import keys, scripts
+from cluster.wire import keys, scripts, transport
 from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, guarded
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -32,6 +33,9 @@ def script(name: str, *changes: tuple[str, str]) -> Patch:
             assert old in text
             text = text.replace(old, new)
         monkeypatch.setattr(scripts, name, text)
+        if name == "PUT":
+            monkeypatch.setattr(transport, "PUT", text)
+            monkeypatch.setattr(transport, "PUT_SHA", hashlib.sha1(text.encode()).hexdigest())
 
     return apply
 
@@ -104,7 +108,14 @@ def bury_and_forget(self: guardian_module.Workers, nodes: list[str], why: str) -
 
 
 ALL = Focus()
-CALM = Focus(fates=(), blows=(), disasters=(), seconds=(3.0,), steps=("turn", "turn", "store"))
+CALM = Focus(
+    fates=(),
+    blows=(),
+    disasters=(),
+    seconds=(3.0,),
+    steps=("turn", "turn", "store"),
+    large=(False,),
+)
 FROZEN = Focus(
     fates=(),
     blows=("freeze",),
@@ -112,6 +123,7 @@ FROZEN = Focus(
     seconds=(15.0,),
     steps=("turn", "store", "store"),
     waits_for=("",),
+    large=(False,),
 )
 ACKNOWLEDGING = Focus(
     fates=(Fate.LOST,),
@@ -120,6 +132,7 @@ ACKNOWLEDGING = Focus(
     seconds=(0.2,),
     steps=("turn", "finish"),
     waits_for=("",),
+    large=(False,),
     usual=1,
 )
 
@@ -142,6 +155,11 @@ MISTAKES = {
     ),
     "a fenced node stores a result": Mistake(
         unfenced("STORE"), "fenced node .* changed something", FROZEN
+    ),
+    "what is large is sent without a watch": Mistake(
+        method(Link, "watch", lambda *_: {}),
+        "fenced node .* changed something|in two places|it was there before",
+        replace(FROZEN, large=(True,), fates=(Fate.LATE,), usual=1),
     ),
     "a fenced node isn't told as it rejects": Mistake(
         unfenced("REJECT"), "isn't told so", replace(FROZEN, steps=("turn", "put back"))

@@ -14,15 +14,17 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from audit import LEFT, MOST, Audit, Execution, Violation
 from miniredis import Client, Connection, Fate, Link, Server
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import ResponseError
 
 from cluster.broker import workers as guardian_module
 from cluster.settings import BEATS, LIVENESS_TIMEOUT, ORPHAN_TIMEOUT
-from cluster.wire import identity, keys, registration, scripts
+from cluster.wire import identity, keys, registration, scripts, transport
+from cluster.wire.backend import Backend
 from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, guarded, raise_for
 from cluster.wire.transport import LOOK_EVERY, REMEMBER_PUBLISHED
 from cluster.worker.watchdog import TURN
@@ -71,6 +73,7 @@ class Task:
 
     id: str
     waits_for: str = ""  # its "eta", or the "limit" of its kind, of which only a worker knows
+    large: bool = False  # it and its result are: what is large goes by a transaction, not a script
     deadly: bool = False  # in the end, it kills every process that runs it
 
     def message(self, attempt: int) -> bytes:
@@ -120,13 +123,14 @@ class Publisher:
         task, name, queue, attempt = self.pending
         self.pending = (task, name, queue, attempt + 1)
         published = keys.published(self.name, QUEUES[queue])
-        names = (published, keys.FULL, name, keys.wake(QUEUES[queue]))
-        rest = (len(names), *names, self.count, task.message(attempt), 1, 0, REMEMBER_PUBLISHED)
+        names = [published, keys.FULL, name, keys.wake(QUEUES[queue])]
+        raw = task.message(attempt)
+        rest = (len(names), *names, self.count, raw, 1, 0, REMEMBER_PUBLISHED)
         try:
-            try:
-                self.client.evalsha(self.world.put.sha, *rest)
-            except NoScriptError:
-                self.client.eval(self.world.put.script, *rest)
+            if task.large:
+                transport._put_large(self.client, names, self.count, raw.decode(), 1)
+            else:
+                transport._put_small(self.client, list(rest))
         except CONNECTION_ERRORS:
             return
         self.pending = None
@@ -355,14 +359,19 @@ class Worker:
             key = result_key(execution.task)
             stored = self._results.get(key)
             if stored is None:
-                stored = guarded(
-                    self.node, lambda: self._store(**storing(self.node, execution.task, "done"))
-                )
+                stored = guarded(self.node, lambda: self._put(execution.task))
             execution.stored = bool(stored)
         except CONNECTION_ERRORS:
             pass
         except identity.Fenced:
             self.die()
+
+    def _put(self, task: str) -> bool:
+        if not self.world.tasks[task].large:
+            return bool(self._store(**storing(self.node, task, "done")))
+        # Of a backend it uses the client alone.
+        backend = cast("Backend", SimpleNamespace(client=self._results))
+        return Backend._store_large(backend, self.node, result_key(task), "done", 3600, b"")
 
     def end(self, execution: Execution, outcome: str) -> None:
         """The event loop hears how an execution ended, and settles it."""
@@ -443,7 +452,6 @@ class World:
         clock.now = 1000.0
         self.slept = 0.0  # of the clock's time, what nobody was awake in
         self.server = Server(lambda: clock.now)
-        self.put = Client(Link(self.server, "")).register_script(scripts.PUT)
         self.audit = Audit(self.server, LISTS, self._is_well)
         self.publishers = [Publisher(self, f"publisher{number}") for number in range(2)]
         self.workers: list[Worker] = []
