@@ -53,6 +53,10 @@ ENDED = "its process ended"
 #: broker's absence before, and some looks.
 NOTICED_WITHIN = 2 * LIVENESS_TIMEOUT + 2.0
 
+#: Sleeps of the whole machine, one after the other with a look in between, that nobody may be
+#: declared dead for: each counts for one beat, and the silence must last for half of BEATS.
+PAUSES = BEATS // 2
+
 #: Seconds in which all must be done once nothing goes wrong any more.
 DONE_WITHIN = 60.0
 
@@ -229,7 +233,7 @@ class Worker:
             return self.acts and not self.cut
         watching = self.watch.connection in self.world.server.connections
         silence = self.world.clock.now - self.world.slept - self._beat_awake
-        late = silence > LIVENESS_TIMEOUT / BEATS + 2 * LONG_TICK or self.slept_through > 1
+        late = silence > LIVENESS_TIMEOUT / BEATS + 2 * LONG_TICK or self.slept_through > PAUSES
         return self.acts and not self.cut and watching and not late
 
     def boot(self) -> None:
