@@ -45,7 +45,7 @@ from cluster.settings import LARGE_REFUSED_FROM, ORPHAN_TIMEOUT
 from cluster.wire import deliveries, ending, identity, keys
 from cluster.wire.chord import NOTE_TOO_LARGE, PartReturn
 from cluster.wire.client import lean
-from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_full, is_refusal
+from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_full, is_refusal, reason
 from cluster.wire.refusals import MessageTooLarge, check_size, refuse_as_full
 from cluster.wire.scripts import (
     AWAIT,
@@ -383,7 +383,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 note = self.get_key_for_group(request.group, ".full")
                 if monotonic() - since > CHORD_PATIENCE or self.client.exists(note):
                     self.client.eval(NOTE_TOO_LARGE, 1, note)
-                    refuse_as_full(f"{error}; the results of its chord don't fit in")
+                    refuse_as_full(f"{reason(error)}; the results of its chord don't fit in")
             raise
 
     def _encode_meta(

@@ -162,8 +162,9 @@ def raise_for(error: ResponseError, node: str) -> NoReturn:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a script refused a message or a result for want of room."""
-    return reason(error).startswith(FULL_ERROR)
+    """Whether a message or a result was refused for want of room."""
+    words = reason(error)
+    return words.startswith(FULL_ERROR) or "'maxmemory'" in words  # the server's own
 
 
 def is_refusal(error: ResponseError) -> bool:

@@ -45,7 +45,7 @@ def check_size(what: str, size: int, limit: int) -> None:
 def refuse_as_full(why: str) -> NoReturn:
     """Raise :class:`BrokerFull`; ``why`` is the broker's word."""
     raise BrokerFull(
-        f"The broker has no room for another message ({why}). It was not sent. Get results before "
+        f"The broker has no room for more ({why}). Nothing was sent or stored. Get results before "
         "you send more, set ignore_result=True for tasks whose results nobody asks for, or give "
         "the broker more memory by CLUSTER_BROKER_MEMORY."
     )

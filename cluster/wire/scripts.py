@@ -295,7 +295,8 @@ return tonumber(ARGV[1])
 #: of a worker; value; expiry in s or 0; what is there, or '': if it is something else by now,
 #: nothing is stored; '0' for a large one, '1' for a small one, '2' for a small failure. As the
 #: broker fills up, large ones are refused and then all but failures, save for those that are
-#: waited for. Returns whether it was stored.
+#: waited for. What follows a write, if only a DEL, isn't refused by the server. Returns whether it
+#: was stored.
 STORE = (
     _FENCE
     + _NO_ROOM
@@ -309,6 +310,7 @@ if (word == 'large' and ARGV[5] == '0' or word == 'all' and ARGV[5] ~= '2')
   and redis.call('SISMEMBER', KEYS[4], KEYS[2]) == 0 then
   return redis.error_reply('FULL ' .. full)
 end
+if ARGV[5] == '2' then redis.call('DEL', KEYS[2]) end
 if tonumber(ARGV[3]) > 0 then
   redis.call('SETEX', KEYS[2], ARGV[3], ARGV[2])
 else

@@ -35,7 +35,7 @@ Request = tuple[bytes, ...]
 READS = frozenset(
     (
         *(b"HLEN", b"HKEYS", b"HVALS", b"HEXISTS", b"GET", b"LINDEX", b"SISMEMBER"),
-        *(b"PUBSUB", b"CLIENT", b"SCRIPT"),
+        *(b"PUBSUB", b"CLIENT", b"SCRIPT", b"INFO"),
     )
 )
 
@@ -468,6 +468,9 @@ class Server:
 
     def _ping(self, *_: bytes) -> str:
         return "PONG"
+
+    def _info(self, *_: bytes) -> str:
+        return "used_memory:0\r\nmaxmemory:0\r\n"
 
     def _publish(self, channel: bytes, message: bytes) -> int:
         for connection in self.connections:
