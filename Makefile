@@ -19,7 +19,7 @@ demo: $(VENV)/installed  ## count primes on a cluster of local processes
 	@$(BIN)/cluster demo
 
 test: $(VENV)/developing  ## run all tests
-	$(BIN)/pytest --cov --cov-report=term $(TESTS)
+	$(BIN)/pytest --numprocesses 4 --dist worksteal --cov --cov-report=term $(TESTS)
 
 chaos: $(VENV)/developing  ## kill and freeze workers and broker at random; SEED=7 KILLS=1000
 	CHAOS_SEED=$(SEED) CHAOS_KILLS=$(KILLS) CHAOS_FAULTS="$(FAULTS)" CHAOS_REPORT=$(REPORT) \

@@ -81,6 +81,17 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         super().on_state_change(meta, message)
         self.backend.note_delivery(*(result.id for result in waiting))
 
+    def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
+        waiting = self.backend.waiting
+        waiting.freed_before = frozenset()
+        super().on_wait_for_pending(result, **kwargs)
+        if waiting.freed_before:
+            for leaf in _leaves(result):
+                key = self.backend.key_of(leaf.id)
+                # Who has it has it; who comes too late is told so.
+                if leaf._cache is None and key in waiting.freed_before:
+                    self.backend.get(key)
+
     def drain_events(self, timeout: float | None = None) -> None:
         self.backend.check_open()
         if self.backend.is_complete:
@@ -159,11 +170,14 @@ class Waiting(threading.local):
 
     ``until``: when it gives up, if it does. ``since``: when the broker was out of reach.
     ``has_all``: it has looked for what is there since no more will come.
+    ``freed``: the results that a look finds freed, while it lasts, and after it ``freed_before``.
     """
 
     until: float | None = None
     since = 0.0
     has_all = False
+    freed: set[str] | None = None
+    freed_before: AbstractSet[str] = frozenset()
 
 
 class Backend(RedisBackend):  # type: ignore[misc]
@@ -247,20 +261,34 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def get_many(
         self, task_ids: Any, *args: Any, max_iterations: int | None = None, **kwargs: Any
     ) -> Any:
-        if max_iterations == 1:
-            kwargs["interval"] = 0  # Celery's would sleep half a second after it has looked
-        return super().get_many(task_ids, *args, max_iterations=max_iterations, **kwargs)
+        if max_iterations != 1:
+            yield from super().get_many(task_ids, *args, max_iterations=max_iterations, **kwargs)
+            return
+        # One look before a wait. Celery's would sleep for half a second after it.
+        kwargs["interval"] = 0
+        self.waiting.freed = set()
+        try:
+            yield from super().get_many(task_ids, *args, max_iterations=1, **kwargs)
+        finally:
+            self.waiting.freed_before, self.waiting.freed = self.waiting.freed, None
 
     def mget(self, keys: Any) -> Any:
         self.check_open()
         values = super().mget(keys)
-        for key, value in zip(keys, values, strict=True):
-            self._check_kept(key, value)
+        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+            if self.waiting.freed is None:
+                self._check_kept(key, value)
+            elif self._was_freed(key, value):
+                self.waiting.freed.add(bytes_to_str(key))
+                values[i] = None
         return values
 
+    def _was_freed(self, key: str | bytes, value: Any) -> bool:
+        return value == FREED or (value is None and self.deliveries.knows(bytes_to_str(key)))
+
     def _check_kept(self, key: str | bytes, value: Any) -> None:
-        name = key if isinstance(key, str) else key.decode()
-        if value == FREED or (value is None and self.deliveries.knows(name)):
+        name = bytes_to_str(key)
+        if self._was_freed(key, value):
             raise _Freed(
                 f"The result {name} was delivered before, and is gone since: freed as the broker "
                 "needed room, or expired. Keep the AsyncResult that you have got it from, or give "
@@ -480,12 +508,17 @@ class Backend(RedisBackend):  # type: ignore[misc]
 def _lineage(result: Any) -> Iterator[str]:
     """The ids of what a result is made from, too: a chain's earlier links, a chord's members."""
     while result is not None:
-        if isinstance(result, ResultSet):
-            for child in result.results:
-                yield from _lineage(child)
-        else:
-            yield result.id
+        yield from (leaf.id for leaf in _leaves(result))
         result = result.parent
+
+
+def _leaves(result: Any) -> Iterator[Any]:
+    """A result, or those of a group, of groups in it, too."""
+    if isinstance(result, ResultSet):
+        for child in result.results:
+            yield from _leaves(child)
+    else:
+        yield result
 
 
 class _Freed(ClusterError):

@@ -69,7 +69,7 @@ _STAMP = "cluster-publication"
 
 #: Seconds to wait for room in a full broker, where what was delivered is being freed; in a
 #: worker, where the task fails without; and between looks.
-ROOM_WITHIN = 2.0
+ROOM_WITHIN = 5.0
 ROOM_WITHIN_IN_WORKER = 10.0
 LOOK_FOR_ROOM_EVERY = 0.1
 
