@@ -9,6 +9,11 @@ from pathlib import Path
 
 from celery import Celery, Task
 
+from cluster.wire import backend
+
+#: In the workers of these tests, chords don't wait for long.
+backend.CHORD_PATIENCE = 2.0
+
 app = Celery("bulk")
 
 #: Seconds after which a task that waits for its test gives up.

@@ -31,7 +31,7 @@ from celery.result import AsyncResult
 
 import cluster
 from cluster.model import State
-from cluster.wire import keys
+from cluster.wire import keys, transport
 
 #: Seconds for a result.
 SOON = 30
@@ -48,6 +48,12 @@ LARGE = "x" * 100_000
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLUSTER_BROKER_MEMORY", "32MiB")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process doesn't wait for room before it says that there is none."""
+    monkeypatch.setattr(transport, "ROOM_WITHIN", 0.1)
 
 
 @pytest.fixture
@@ -191,7 +197,7 @@ def send_until_full(send: Callable[[int], AsyncResult]) -> list[AsyncResult]:
 
 
 def test_a_queue_that_fills_up_refuses_senders_and_loses_nothing(
-    little_memory, tmp_path: Path, eventually, caplog
+    little_memory, impatient, tmp_path: Path, eventually, caplog
 ):
     with cluster.start(1, app=app) as c:
         held, go = busy(tmp_path, eventually)
@@ -210,7 +216,7 @@ def test_a_queue_that_fills_up_refuses_senders_and_loses_nothing(
         assert c.state is State.READY
 
 
-def test_several_threads_meet_a_full_queue(little_memory, tmp_path: Path, eventually):
+def test_several_threads_meet_a_full_queue(little_memory, impatient, tmp_path: Path, eventually):
     with cluster.start(1, app=app) as c:
         held, go = busy(tmp_path, eventually)
         accepted: dict[int, list[AsyncResult]] = {n: [] for n in range(4)}
@@ -236,7 +242,7 @@ def test_several_threads_meet_a_full_queue(little_memory, tmp_path: Path, eventu
             assert [r.get(timeout=SOON)[0] for r in results] == list(range(len(results)))
 
 
-def test_a_batch_meets_a_full_queue(little_memory, tmp_path: Path, eventually, caplog):
+def test_a_batch_meets_a_full_queue(little_memory, impatient, tmp_path: Path, eventually, caplog):
     """What a batch has sent runs; once the broker is full, a batch is refused like any other."""
     with cluster.start(1, app=app) as c:
         held, go = busy(tmp_path, eventually)
@@ -261,7 +267,7 @@ def test_a_batch_meets_a_full_queue(little_memory, tmp_path: Path, eventually, c
 
 
 def test_a_broker_that_is_full_at_a_stroke_says_so(
-    little_memory, tmp_path: Path, eventually, caplog
+    little_memory, impatient, tmp_path: Path, eventually, caplog
 ):
     """Large messages skip the levels between: the server is full before anybody has looked."""
     with cluster.start(1, app=app) as c:
@@ -322,7 +328,7 @@ def test_what_a_worker_sends_on_while_the_broker_is_full_is_sent_afterwards(
         assert result.get(timeout=SOON / 2) == value
 
 
-def test_who_sends_for_the_first_time_while_the_broker_is_full_is_told(eventually):
+def test_who_sends_for_the_first_time_while_the_broker_is_full_is_told(impatient, eventually):
     """By the error of everybody else, over a connection that is new."""
     errors: list[BaseException] = []
 
@@ -387,9 +393,9 @@ def test_results_that_were_polled_for_are_freed(little_memory, eventually):
 def test_results_that_chains_and_chords_passed_on_are_freed(little_memory):
     """The manager only ever gets the last one."""
     with cluster.start(2, app=app):
-        for i in range(40):
+        for i in range(26):
             assert chain(swell.s(MB, i), mark_of.s())().get(timeout=SOON) == i
-        for i in range(8):
+        for i in range(5):
             header = [swell.s(MB, i) for _ in range(5)]
             assert chord(header)(marks.s()).get(timeout=SOON) == [i] * 5
 
@@ -459,11 +465,11 @@ def test_a_worker_killed_in_a_full_broker_is_replaced_and_nothing_is_lost(
 
 
 def test_a_slow_first_result_does_not_wait_for_ever_behind_large_ones(
-    little_memory, tmp_path: Path
+    little_memory, tmp_path: Path, caplog
 ):
     """The manager waits for the first and takes in the others meanwhile; they fill the broker."""
     go = tmp_path / "go"
-    with cluster.start(2, app=app) as c:
+    with cluster.start(2, app=app):
         results = [swell_later.delay(str(go), MB, 0)]
         others = tmp_path / "others"
         results += [swell_later.delay(str(others), MB, i) for i in range(1, 40)]
@@ -471,7 +477,7 @@ def test_a_slow_first_result_does_not_wait_for_ever_behind_large_ones(
 
         def let_go_when_full() -> None:
             deadline = time.monotonic() + SOON / 2
-            while not refused(c).startswith((b"large", b"all")) and time.monotonic() < deadline:
+            while "Results are refused as well" not in caplog.text and time.monotonic() < deadline:
                 time.sleep(0.02)
             go.touch()
 
@@ -506,11 +512,3 @@ def test_a_manager_that_does_not_read_for_a_while_gets_everything(monkeypatch, e
         eventually(lambda: stored(c) == 60, "all are stored")
         assert [r.get(timeout=SOON)[0] for r in results] == list(range(60))
         assert swell.delay(MB, 60).get(timeout=SOON)[0] == 60
-
-
-def test_a_manager_that_sleeps_while_a_group_runs_gets_everything(monkeypatch, eventually):
-    monkeypatch.setenv("CLUSTER_BROKER_MEMORY", "256MiB")
-    with cluster.start(2, app=app) as c:
-        result = group([swell.s(MB, i) for i in range(60)])()
-        eventually(lambda: stored(c) == 60, "all are stored")
-        assert [value[0] for value in result.get(timeout=SOON)] == list(range(60))

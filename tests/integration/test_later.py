@@ -85,17 +85,6 @@ def lose(c: cluster.Cluster, how: str, eventually: Eventually) -> None:
         assert process.poll() == 81
 
 
-def test_the_kinds_of_waiting_are_what_they_are_taken_for(log: Path, eventually):
-    """The others rest on it: a worker holds what waits, and it hasn't run."""
-    with cluster.start(1, app=app) as c:
-        later = write.apply_async((str(log), "later"), countdown=600)
-        first, second = (limited.delay(str(log), str(i)) for i in range(2))
-        assert first.get(timeout=SOON) == "0"
-        eventually(lambda: held(c) == 2, "the worker holds the others")
-        assert lines(log) == ["0"]
-        app.control.revoke([later.id, second.id])
-
-
 @pytest.mark.parametrize("how", LOSSES)
 def test_what_a_worker_holds_for_later_runs_elsewhere_once(how: str, log: Path, eventually):
     with cluster.start(1, app=app, concurrency=2) as c:
@@ -222,7 +211,7 @@ def test_what_is_revoked_while_its_worker_is_lost_is_not_run(
     one that runs and is to be terminated."""
     other = tmp_path / "other"
     with cluster.start(1, app=app, concurrency=2) as c:
-        later = write.apply_async((str(other), "later"), countdown=COUNTDOWN)
+        later = write.apply_async((str(other), "later"), countdown=600)
         running = hold.delay(str(go), str(log))
         eventually(lambda: lines(log), "it runs")
         limited.delay(str(other), "first").get(timeout=SOON)
