@@ -202,9 +202,9 @@ def test_a_queue_that_fills_up_refuses_senders_and_loses_nothing(
     with cluster.start(1, app=app) as c:
         held, go = busy(tmp_path, eventually)
         accepted = send_until_full(lambda i: length.delay(LARGE, i))
-        assert queued(c) == len(accepted) > 100
+        assert queued(c) == len(accepted) > 50
         assert used(c) < 0.95 * MEMORY, "before the server itself refuses"
-        eventually(lambda: "The broker is full" in caplog.text, "the manager says so")
+        eventually(lambda: "The broker is full" in caplog.text, "the manager says so", timeout=5)
         assert "CLUSTER_BROKER_MEMORY" in caplog.text
         go.touch()
         assert held.get(timeout=SOON) == "held"
@@ -259,21 +259,21 @@ def test_a_batch_meets_a_full_queue(little_memory, impatient, tmp_path: Path, ev
 
         with pytest.raises(cluster.BrokerFull):
             send_batches()
-        assert queued(c) >= len(sent) >= 100
+        assert queued(c) >= len(sent) > 50
         go.touch()
         held.get(timeout=SOON)
         assert [r.get(timeout=SOON)[0] for r in sent] == list(range(len(sent)))
         assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
 
 
-def test_a_broker_that_is_full_at_a_stroke_says_so(
-    little_memory, impatient, tmp_path: Path, eventually, caplog
+def test_large_messages_are_refused_before_others_find_no_room(
+    little_memory, impatient, tmp_path: Path, eventually
 ):
-    """Large messages skip the levels between: the server is full before anybody has looked."""
+    """A few of them fill the broker before anybody has looked at it."""
     with cluster.start(1, app=app) as c:
         held, go = busy(tmp_path, eventually)
         accepted = send_until_full(lambda i: length.delay("x" * 5 * MB, i))
-        eventually(lambda: "The broker is full" in caplog.text, "the manager says so", timeout=5)
+        assert used(c) < 0.95 * MEMORY
         go.touch()
         held.get(timeout=SOON)
         assert [r.get(timeout=SOON)[0] for r in accepted] == list(range(len(accepted)))
