@@ -27,7 +27,7 @@ from cluster.readiness import Pinger
 from cluster.replacement import Replacements
 from cluster.roster import Roster, Seat
 from cluster.wire import givenup, keys
-from cluster.wire.ledger import CONNECTION_ERRORS, is_refusal
+from cluster.wire.ledger import CONNECTION_ERRORS, is_full, is_refusal
 from cluster.wire.registration import decode
 from cluster.wire.scripts import DELIVER, Scripts
 
@@ -185,13 +185,13 @@ class Supervisor(threading.Thread):
     def _turn(self) -> None:
         try:
             self._listen()
+            self._note_deliveries()  # first: in a full broker, all else waits for what this frees
             self._give_up()
-            self._note_deliveries()
             self._confirm()
             self._release()
             self._refused = False
         except ResponseError as error:
-            if not is_refusal(error):
+            if not (is_refusal(error) or is_full(error)):
                 raise
             if not self._refused:
                 logger.warning("The broker can't write (%s); trying again until it can.", error)
@@ -285,6 +285,10 @@ class Supervisor(threading.Thread):
             self._binding.fail_task(request, why)
         except (*CONNECTION_ERRORS, ClusterError):
             raise  # it stays listed, for when the broker is back
+        except ResponseError as error:
+            if is_refusal(error) or is_full(error):
+                raise  # the same
+            logger.exception("What waits for %s couldn't be told.", request.id)
         except Exception:
             # A callback of the user's, for one: that is no reason to end the cluster.
             logger.exception("What waits for %s couldn't be told.", request.id)
@@ -348,7 +352,6 @@ class Supervisor(threading.Thread):
                     )
                 case Room():
                     self._binding.deliveries.refused = False
-                    self._client.delete(keys.AWAITED)
                     logger.warning("There is room in the broker again.")
 
     def _describe(self) -> None:

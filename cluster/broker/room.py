@@ -77,7 +77,8 @@ class Gauge:
         before = self.level
         begins = {
             Level.FINE: 0.0,
-            Level.SENDERS_REFUSED: SENDERS_REFUSED_FROM * self.memory,
+            # A little before: what is sizeable is refused by itself, and keeps it from there.
+            Level.SENDERS_REFUSED: 0.9 * SENDERS_REFUSED_FROM * self.memory,
             Level.LARGE_REFUSED: LARGE_REFUSED_FROM * self.memory,
             Level.ALL_REFUSED: ALL_FROM * self.memory,
         }

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from cluster.attention import Attention
 from cluster.broker.messages import Dead
 from cluster.broker.presence import Presence
 from cluster.settings import BEATS
 from cluster.wire import keys
+from cluster.wire.ledger import reason
 from cluster.wire.registration import announce_over
 from cluster.wire.scripts import Scripts
 
@@ -70,6 +71,9 @@ class Workers:
             for worker in self._look(now):
                 dead.append(worker)  # noqa: PERF402 (what comes before an exception counts)
             self._away = time.monotonic() - began > SLOW
+        except ResponseError as error:
+            # It answers. That it can't write for now, for want of disk, say, is waited for.
+            return not reason(error).startswith("BUSY"), dead
         except (RedisError, OSError):
             # A server that has just died is seen at the next turn. One that
             # doesn't answer in time may have lost the workers as well.
@@ -113,11 +117,11 @@ class Workers:
     def _bury(self, nodes: Iterable[str], why: str) -> Iterator[Dead]:
         begun = set(self._to_bury)
         self._to_bury.update(dict.fromkeys(nodes, why))
-        for node, reason in tuple(self._to_bury.items()):
-            held = self._scripts.release(node, reason, died=True)
+        for node, how in tuple(self._to_bury.items()):
+            held = self._scripts.release(node, how, died=True)
             # That it is done already tells of an answer that was lost, or that it has just left.
             if held >= 0 or node in begun:
-                yield Dead(node, max(held, 0), reason)
+                yield Dead(node, max(held, 0), how)
             del self._to_bury[node]
 
     def _members(self) -> list[str]:

@@ -348,7 +348,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             self.waiting.until = None
         # Until then its parents are looked at, for their errors.
         if self._is_managers and result.parent is not None:
-            self.deliveries.note(map(self.key_of, _lineage(result.parent)), seen=False)
+            self._note_lineage(result.parent)
 
     # -- storing --------------------------------------------------------------
 
@@ -395,7 +395,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
             status = self.decode(stored)["status"] if stored else None
             if status == SUCCESS or (status in READY_STATES and state not in READY_STATES):
                 break
-            urgency = (1 + (state in EXCEPTION_STATES)) if len(value) <= SMALL else 0
+            failed, small = state in EXCEPTION_STATES, len(value) <= SMALL
+            urgency = 2 if failed and (small or self._is_managers) else int(small)
             store = partial(self._store, key, value, int(expires or 0), stored or b"", urgency)
             if self.ensure(self._store_in_time, (store, request, monotonic())):
                 break
@@ -464,6 +465,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                         raise ResponseError(f"{FULL_ERROR} {full}")
                     pipe.multi()
                     pipe.set(key, value, ex=seconds or None)
+                    pipe.srem(keys.AWAITED, key)
                     pipe.publish(key, value)
                     pipe.execute()
                     return True
@@ -475,9 +477,12 @@ class Backend(RedisBackend):  # type: ignore[misc]
         return PartReturn(self.client, identity.current() or "")
 
     def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
-        # As a whole, should the broker refuse it for now: to count a member again changes nothing.
         count = partial(super().on_chord_part_return, *args, **kwargs)
-        return self.ensure(guarded, (identity.current() or "", count))
+        node = identity.current()
+        if node is None:
+            return count()
+        # As a whole, should the broker refuse it for now: to count a member again changes nothing.
+        return self.ensure(guarded, (node, count))
 
     # -- what was delivered may be freed --------------------------------------
 
@@ -488,7 +493,17 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def note_delivery(self, *ids: str) -> None:
         """The manager has the results of these tasks."""
         if self._is_managers:
-            self.deliveries.note(map(self.key_of, ids), seen=True)
+            self.deliveries.note(map(self.key_of, ids))
+
+    def _note_lineage(self, parent: Any) -> None:
+        """What a result was made from isn't needed any more, as far as it is there: a link's own
+        result is stored after the next link has been sent."""
+        names = [self.key_of(id_) for id_ in _lineage(parent)]
+        with self.client.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.exists(name)
+            found = pipe.execute()
+        self.deliveries.note(name for name, there in zip(names, found, strict=True) if there)
 
     @property
     def _is_managers(self) -> bool:

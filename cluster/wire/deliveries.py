@@ -25,14 +25,13 @@ class Deliveries:
         self._known: dict[str, None] = {}
         self._lock = threading.Lock()
 
-    def note(self, keys: Iterable[str], *, seen: bool) -> None:
-        """The results with these keys aren't needed any more: they have been ``seen`` in this
-        process, or what was made from them has."""
+    def note(self, keys: Iterable[str]) -> None:
+        """The results with these keys are there, and aren't needed any more: they are in this
+        process, or what was made from them is."""
         with self._lock:
             for key in keys:
                 self._new.append(key)
-                if seen:
-                    self._known[key] = None
+                self._known[key] = None
             while len(self._known) > REMEMBERED:
                 del self._known[next(iter(self._known))]
 

@@ -259,7 +259,8 @@ return redis.call('LPUSH', KEYS[1], ARGV[1])
 #: Say which results are waited for. KEYS: awaited. ARGV: the results' keys.
 AWAIT = """
 redis.call('SREM', KEYS[1], '')
-return redis.call('SADD', KEYS[1], unpack(ARGV))
+for i = 1, #ARGV do redis.call('SADD', KEYS[1], ARGV[i]) end
+return #ARGV
 """
 
 #: Tell all workers that it is over. KEYS: over. ARGV: grace, channel, message.
@@ -316,6 +317,7 @@ if tonumber(ARGV[3]) > 0 then
 else
   redis.call('SET', KEYS[2], ARGV[2])
 end
+redis.call('SREM', KEYS[4], KEYS[2])
 redis.call('PUBLISH', KEYS[2], ARGV[2])
 return 1
 """

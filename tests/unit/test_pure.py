@@ -209,9 +209,9 @@ def test_attention_counts_no_pause_of_ones_own():
 
 def test_a_full_broker_refuses_by_degrees_and_recovers_with_a_margin():
     gauge = Gauge(1000)
-    assert (gauge.read(590), gauge.level) == (False, Level.FINE)
-    assert (gauge.read(600), gauge.level) == (True, Level.SENDERS_REFUSED)
-    assert (gauge.read(550), gauge.level) == (False, Level.SENDERS_REFUSED)
+    assert (gauge.read(530), gauge.level) == (False, Level.FINE)
+    assert (gauge.read(550), gauge.level) == (True, Level.SENDERS_REFUSED)
+    assert (gauge.read(500), gauge.level) == (False, Level.SENDERS_REFUSED)
     assert (gauge.read(810), gauge.level) == (True, Level.LARGE_REFUSED)
     assert (gauge.read(730), gauge.level) == (False, Level.LARGE_REFUSED)
     assert (gauge.read(710), gauge.level) == (True, Level.SENDERS_REFUSED)
