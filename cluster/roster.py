@@ -70,7 +70,7 @@ class Roster:
 
     def lost(self, node: str) -> Seat | None:
         """The guardian declared this node dead; returns its seat if that is news."""
-        seat = self.of(node)
+        seat = self.of(node) or self._not_joined(node)
         if seat is None or seat.gone:
             return None
         seat.gone = True
@@ -141,6 +141,15 @@ class Roster:
             WorkerView(seat.ref.id, seat.node, seat.ready and not seat.gone, seat.status)
             for seat in self._seats.values()
         )
+
+    def _not_joined(self, node: str) -> Seat | None:
+        """One that died between its registration and our hearing of it: the node's name begins
+        with the worker's id (:func:`cluster.wire.identity.new_node_name`)."""
+        worker = node.rpartition("@")[0].rpartition("-")[0]
+        for seat in self._seats.values():
+            if seat.ref.id == worker and not seat.node:
+                return seat
+        return None
 
     def of(self, node: str) -> Seat | None:
         """The seat of the worker with this node name."""

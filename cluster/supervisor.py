@@ -22,7 +22,7 @@ from cluster.broker.messages import Dead, Event, Full, Restarted, Room
 from cluster.errors import ClusterError, LaunchError, WorkerLost
 from cluster.launchers.base import Launcher
 from cluster.mismatch import Mismatches, Side
-from cluster.model import Phase, Registration, WorkerRef, WorkerSpec, WorkerStatus
+from cluster.model import Phase, Registration, WorkerSpec, WorkerStatus
 from cluster.readiness import Pinger
 from cluster.replacement import Replacements
 from cluster.roster import Roster, Seat
@@ -212,7 +212,11 @@ class Supervisor(threading.Thread):
         """Wait a moment for a registration; take in all there are, so that one ping does."""
         if self._reread:
             entries = self._client.hvals(keys.WORKERS)
+            fenced = cast("dict[bytes, bytes]", self._client.hgetall(keys.FENCED))
             self._reread = False
+            # A guardian that died may have buried a worker and not said so any more.
+            for node, why in fenced.items():
+                self._lose(node.decode(), why.decode())
         else:
             found = self._client.blpop([keys.JOINED], timeout=TURN)
             if found is None:
@@ -333,14 +337,9 @@ class Supervisor(threading.Thread):
                 return
             match event:
                 case Dead(node=node, held=held, why=why):
-                    # In one step: nobody may see a worker gone and none due for it.
-                    with self.changed:
-                        seat = self.roster.lost(node)
-                        if seat is not None:
-                            self._buried.append((seat, f"{why}; tasks given back: {held}"))
-                    if seat is not None:
-                        self._terminate(seat.ref, why)
+                    self._lose(node, why, f"; tasks given back: {held}")
                 case Restarted(reason=reason):
+                    self._reread = True
                     logger.warning("The broker was restarted (%s); work goes on.", reason)
                 case Full(used=used, memory=memory, results=results):
                     self._binding.deliveries.refused = results
@@ -353,6 +352,17 @@ class Supervisor(threading.Thread):
                 case Room():
                     self._binding.deliveries.refused = False
                     logger.warning("There is room in the broker again.")
+
+    def _lose(self, node: str, why: str, more: str = "") -> None:
+        """A node counts as dead, which may be known."""
+        # In one step: nobody may see a worker gone and none due for it.
+        with self.changed:
+            seat = self.roster.lost(node)
+            if seat is not None:
+                self._buried.append((seat, why + more))
+        if seat is not None:
+            # Fenced, it can do nothing more; it mustn't cost anything either.
+            self._launcher.terminate([seat.ref], reason=why)
 
     def _describe(self) -> None:
         with self.changed:
@@ -386,10 +396,6 @@ class Supervisor(threading.Thread):
                 self._buried.remove((seat, why))
                 if pause is not None:
                     self._due.append(time.monotonic() + pause)
-
-    def _terminate(self, ref: WorkerRef, why: str) -> None:
-        """Fenced, it can do nothing more; it mustn't cost anything either."""
-        self._launcher.terminate([ref], reason=why)
 
     def _replace(self) -> None:
         if self._ending.is_set():

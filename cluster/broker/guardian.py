@@ -47,6 +47,9 @@ FIRST_TICK = 0.005
 #: As START_TIMEOUT, for one that has the data of a large queue to load.
 RESTART_TIMEOUT = 30.0
 
+#: Seconds within which one that says that it loads must say so again, or answer.
+LOADING_ALLOWANCE = 10.0
+
 #: Seconds for one command to the server: the loop must come round to its other duties.
 COMMAND_TIMEOUT = 1.0
 
@@ -161,6 +164,8 @@ class Guardian:
                 return
             except OSError as error:
                 last = error
+                if "-LOADING" in str(error):  # it lives, and has much to read
+                    deadline = max(deadline, time.monotonic() + LOADING_ALLOWANCE)
             if time.monotonic() >= deadline:
                 raise ServerFailed(f"{self.order.server} doesn't answer ({last})")
             if self._leash.wait(seconds=FIRST_TICK):

@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 from cluster.broker.messages import Full, Room
 from cluster.settings import LARGE_REFUSED_FROM, SENDERS_REFUSED_FROM
 from cluster.wire import keys
-from cluster.wire.scripts import RESULTS_REFUSED, Scripts
+from cluster.wire.scripts import RESULTS_REFUSED, SAY_FULL, Scripts
 
 #: Parts of the memory: from the first on, what was delivered is freed; from the second on, all is
 #: refused. Those in between are in the settings: who brings something large is asked at once,
@@ -117,6 +117,7 @@ class Memory:
         try:
             return list(self._look())
         except (RedisError, OSError):
+            self._known = False  # whatever is new couldn't be said
             return []  # one that doesn't answer is the guardian's business
 
     def _look(self) -> Iterator[Full | Room]:
@@ -127,18 +128,18 @@ class Memory:
             if used < FREE_FROM * self._memory or not self._scripts.free(FREE_AT_ONCE):
                 break
             used = self._used()
-        changed = self._gauge.read(used)
-        if not changed and self._known:
+        if not self._gauge.read(used) and self._known:
             return
-        self._known = True  # a guardian before us may have left its word
+        # Not known: a guardian before us may have left its word.
         if self._gauge.level is Level.FINE:
-            self._client.delete(keys.FULL)
-            if changed:
+            said = bool(self._client.delete(keys.FULL))
+            self._known = True
+            if said:
                 yield Room()
         else:
-            self._client.set(
-                keys.FULL, f"{WORDS[self._gauge.level]}{used} of {self._memory} bytes are used"
-            )
+            words = f"{WORDS[self._gauge.level]}{used} of {self._memory} bytes are used"
+            self._client.eval(SAY_FULL, 1, keys.FULL, words)
+            self._known = True
             yield Full(used, self._memory, results=self._gauge.level > Level.SENDERS_REFUSED)
 
     def _used(self) -> int:

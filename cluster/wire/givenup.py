@@ -56,7 +56,8 @@ def read(entry: str | bytes, accept: Collection[str]) -> GivenUp:
         entry: as the script wrote it.
         accept: the app's ``accept_content``.
     """
-    fields = json.loads(entry)
+    # What stock clients have sent may be anything.
+    fields = json.loads(entry.decode(errors="replace") if isinstance(entry, bytes) else entry)
     deaths = tuple((node, how) for node, how in fields["deaths"])
     return GivenUp(_request(fields["message"], accept), deaths)
 
@@ -68,15 +69,15 @@ def _request(raw: str, accept: Collection[str]) -> Context | None:
         headers, properties = message["headers"], message["properties"]
         if not {"id", "task"} <= headers.keys():
             return None
+        return Context(
+            headers,
+            delivery_info=properties.get("delivery_info") or {},
+            reply_to=properties.get("reply_to"),
+            correlation_id=properties.get("correlation_id"),
+            **_embedded(message, accept),
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # by another publisher, in another form
-    return Context(
-        headers,
-        delivery_info=properties.get("delivery_info") or {},
-        reply_to=properties.get("reply_to"),
-        correlation_id=properties.get("correlation_id"),
-        **_embedded(message, accept),
-    )
 
 
 def _embedded(message: dict[str, Any], accept: Collection[str]) -> dict[str, Any]:
@@ -85,13 +86,14 @@ def _embedded(message: dict[str, Any], accept: Collection[str]) -> dict[str, Any
     try:
         if message["properties"].get("body_encoding") == "base64":
             body = base64.b64decode(body)
-        _, _, embedded = Message(
+        _, _, found = Message(
             body=body,
             content_type=message["content-type"],
             content_encoding=message["content-encoding"],
             headers=message["headers"],
             accept=prepare_accept_content(accept),
         ).decode()
+        embedded = dict(found or {})
     except (KombuError, ValueError, KeyError, TypeError) as error:
         logger.warning("The body of a task that was given up can't be read: %s", error)
         return {}

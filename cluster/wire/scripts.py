@@ -263,6 +263,13 @@ for i = 1, #ARGV do redis.call('SADD', KEYS[1], ARGV[i]) end
 return #ARGV
 """
 
+#: Say that the broker is full, in the server's words for it, and however full that is.
+#: KEYS: full. ARGV: the words.
+SAY_FULL = """
+redis.call('DEL', KEYS[1])
+return redis.call('SET', KEYS[1], ARGV[1])
+"""
+
 #: Tell all workers that it is over. KEYS: over. ARGV: grace, channel, message.
 SAY_OVER = """
 redis.call('DEL', KEYS[1])

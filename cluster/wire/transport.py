@@ -25,6 +25,7 @@ import base64
 import contextlib
 import hashlib
 import secrets
+import threading
 from collections.abc import Callable
 from queue import Empty
 from time import monotonic, sleep
@@ -200,8 +201,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         self.node = identity.taking()
         self._acknowledged: set[str] = set()
         self._waiting = False
-        self._publisher = secrets.token_hex(8)
-        self._published = 0
+        self._publisher = Publisher()
         self._client: Any = None
         if self.node is not None:
             self.QoS = QoS
@@ -352,7 +352,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             # Another thread met a broken connection and closed it with all its channels. In this
             # way kombu hears of it as of any other, and takes a new one.
             raise RedisConnectionError("the channel is closed")
-        publisher, number, raw = self._stamp(message)
+        batch = kwargs.get("_publish_batch")
+        publisher, number, raw = self._stamp(message, getattr(batch, "publisher", None))
         self._check_size(message, raw)
         priority = self._get_message_priority(message, reverse=False)
         lists = [self._q_for_pri(queue, priority), keys.wake(queue)]
@@ -362,7 +363,6 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         names = [keys.published(publisher, queue), keys.FULL, *lists]
         outside = int(identity.current() is None)
         arguments = [len(names), *names, number, raw, outside, expires, REMEMBER_PUBLISHED]
-        batch = kwargs.get("_publish_batch")
         if batch is not None:
             batch.add("eval", PUT, *arguments)
             return
@@ -402,7 +402,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def create_publish_batch(self, max_size: int) -> Batch:
         return Batch(self, max_size)
 
-    def _stamp(self, message: Any) -> tuple[str, int, str]:
+    def _stamp(self, message: Any, publisher: Publisher | None) -> tuple[str, int, str]:
         """The publisher, the number of the message, and the message as it is sent.
 
         kombu sends again what a lost connection left unanswered, over another channel and with
@@ -412,8 +412,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         properties = message["properties"]
         stamp = properties.pop(_STAMP, None)
         if stamp is None:
-            self._published += 1
-            stamp = (self._publisher, self._published)
+            stamp = (publisher or self._publisher).number()
         raw = dumps(message)
         properties[_STAMP] = stamp
         return (*stamp, raw)
@@ -480,8 +479,27 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
         super().register_with_event_loop(connection, loop)
 
 
+class Publisher(threading.local):
+    """Numbers messages, for each thread by itself: the broker takes them in order, and takes one
+    whose number it has passed for sent already."""
+
+    def __init__(self) -> None:
+        self._token = secrets.token_hex(8)
+        self._last = 0
+
+    def number(self) -> tuple[str, int]:
+        """The next."""
+        self._last += 1
+        return self._token, self._last
+
+
 class Batch(kombu_redis.PublishBatch):  # type: ignore[misc]
     """kombu's, which says what it means if there is no room for all of it."""
+
+    def __init__(self, *args: Any) -> None:
+        # Others may send over the same channel before this is flushed.
+        self.publisher = Publisher()
+        super().__init__(*args)
 
     def flush(self) -> None:
         try:

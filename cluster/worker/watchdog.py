@@ -15,6 +15,7 @@ from typing import Any
 from celery.utils.log import get_logger
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from cluster.attention import Attention
 from cluster.model import Endpoint
 from cluster.settings import BEATS
 from cluster.wire import keys
@@ -30,6 +31,9 @@ logger = get_logger(__name__)
 #: Seconds between turns, and for each command to the broker.
 TURN = 0.25
 COMMAND_TIMEOUT = 1.0
+
+#: Seconds for a turn while the broker doesn't answer: some commands' time-outs.
+LONGEST_TURN = 3 * COMMAND_TIMEOUT
 
 #: Seconds for the first connection.
 FIRST_CONNECTION = 10.0
@@ -67,7 +71,9 @@ class Watchdog(threading.Thread):
         self._parent = parent
         self._orphan_timeout = orphan_timeout
         self._drain = drain
-        self._reached = time.monotonic()
+        # A pause of this process's, or of the whole machine, is no absence of the broker's.
+        self._attention = Attention(longest=LONGEST_TURN)
+        self._now = self._reached = self._attention.look(time.monotonic())
         self._beat_every = liveness_timeout / BEATS
         self._next_beat = 0.0
         self._unanswered = False
@@ -92,6 +98,7 @@ class Watchdog(threading.Thread):
             end_now(UNEXPECTED)
 
     def _turn(self) -> None:
+        self._now = self._attention.look(time.monotonic())
         self._check()
         try:
             if self._pubsub is None:
@@ -109,7 +116,7 @@ class Watchdog(threading.Thread):
         if self._parent and os.getppid() != self._parent:
             logger.warning("The manager is gone; leaving.")
             end_now(ExitCode.ORPHANED)
-        if time.monotonic() - self._reached > self._orphan_timeout:
+        if self._now - self._reached > self._orphan_timeout:
             logger.warning("The broker was away for %s s; leaving.", self._orphan_timeout)
             end_now(ExitCode.ORPHANED)
         code = self._drain.overdue
@@ -126,8 +133,8 @@ class Watchdog(threading.Thread):
         grace = self._client.get(keys.OVER)
         if grace is not None:
             self._leave(float(grace))
-        self._reached = time.monotonic()
-        self._next_beat = self._reached + self._beat_every
+        self._reached = self._now
+        self._next_beat = time.monotonic() + self._beat_every
         self._unanswered = False
         self._connected = True
 
@@ -145,7 +152,7 @@ class Watchdog(threading.Thread):
         message = self._pubsub.get_message(timeout=min(TURN, self._beat_every))
         if message is None:
             return
-        self._reached = time.monotonic()
+        self._reached = self._now
         self._unanswered = False
         if message["type"] == "subscribe":
             if message["channel"].decode() == self._own_channel:

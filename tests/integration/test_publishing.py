@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -40,6 +41,25 @@ def test_a_message_whose_answer_is_lost_is_published_once(monkeypatch, size: int
         assert len(lost) == 3
         assert len({result.id for result in results}) == 3
         assert c._client.llen("celery") == 4
+
+
+def test_one_producer_of_several_threads_and_a_batch_lose_nothing():
+    """Each numbers its messages by itself: one that overtakes another doesn't replace it."""
+    with cluster.start(0, app=app) as c:
+        with app.producer_pool.acquire(block=True) as producer:
+            with ThreadPoolExecutor(8) as threads:
+                sent = [
+                    threads.submit(add.apply_async, (i, i), producer=producer) for i in range(400)
+                ]
+                for future in sent:
+                    future.result()
+            with producer.batch():
+                for i in range(10):
+                    add.apply_async((i, i), producer=producer)
+                with app.connection_for_write() as connection:
+                    other = connection.Producer()
+                    add.apply_async((1, 1), producer=other)
+        assert c._client.llen("celery") == 411
 
 
 def test_a_message_for_several_queues_reaches_each():

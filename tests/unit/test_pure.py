@@ -261,6 +261,15 @@ def test_a_worker_that_the_guardian_lost_is_gone_once():
     assert roster.ready == ()
 
 
+def test_a_worker_that_is_lost_before_it_was_heard_of_is_gone():
+    roster = Roster()
+    roster.launched([WorkerRef("w-1"), WorkerRef("w-2")])
+    seat = roster.lost("w-1-c0ffee@h")
+    assert seat is not None and seat.ref == WorkerRef("w-1")
+    assert roster.lost("w-1-c0ffee@h") is None
+    assert roster.coming == 1
+
+
 def test_a_stranger_takes_no_seat():
     roster = Roster()
     roster.joined(joined("n1", "unheard-of"))
