@@ -45,7 +45,7 @@ from cluster.model import (
 from cluster.plan import Plan, count, make_plan, seconds
 from cluster.progress import Display
 from cluster.readiness import Verdict, decide
-from cluster.rundir import RunDirectory, leftovers
+from cluster.rundir import RunDirectory, kill_all, leftovers
 from cluster.settings import SOCKET_TIMEOUT, STOP_TIMEOUT
 from cluster.wire import keys
 from cluster.wire.exitcodes import ExitCode
@@ -308,6 +308,7 @@ class Cluster:
                 host=plan.host,
                 secret=new_secret(),
                 directory=self._directory.path,
+                cluster_id=self._id,
                 workers=plan.workers,
                 limits=plan.limits,
                 on_event=self._on_event,
@@ -375,6 +376,7 @@ class Cluster:
             refs = self.launcher.find(cluster_id)
             self.launcher.terminate(refs, reason="its manager is gone")
             self.launcher.close(cluster_id)
+            kill_all(cluster_id)
             shutil.rmtree(path, ignore_errors=True)
             logger.warning(
                 "A manager had crashed here. What was left of its cluster %s has been removed: "

@@ -79,3 +79,14 @@ def leftovers() -> Iterator[tuple[str, Path]]:
                 yield cluster_id, path
             finally:
                 os.close(lock)
+
+
+def kill_all(cluster_id: str) -> None:
+    """Kill what there still is of a crashed manager's processes on this machine: a guardian or
+    fork server that was stopped and so hasn't noticed. They have its id in their environment."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # gone, or another user's
+            if process.environ().get("CLUSTER_ID") == cluster_id:
+                process.kill()

@@ -44,6 +44,9 @@ GUARDIAN_ALLOWANCE = 5.0
 #: Seconds for the kernel to end the server after SIGKILL.
 KILL_TIMEOUT = 10.0
 
+#: Seconds for the kernel to tell how a guardian ended whose pipe has closed.
+REAP_TIMEOUT = 1.0
+
 #: Guardians that are started in place of one that died, within seconds.
 GUARDIANS, WITHIN = 5, 60.0
 
@@ -56,6 +59,7 @@ class Broker:
         host: the address to listen on.
         secret: the run's secret.
         directory: the run's own directory; it goes when the guardian does.
+        cluster_id: whose it is, for who has to clear up after a crash.
         workers: how many to make room for.
         limits: of its memory and of its patience.
         on_event: called, in a thread of the broker's, with what the guardian
@@ -71,11 +75,13 @@ class Broker:
         host: str,
         secret: str,
         directory: Path,
+        cluster_id: str,
         workers: int,
         limits: Limits,
         on_event: Callable[[Event], None],
     ) -> None:
         self._directory = directory
+        self._cluster_id = cluster_id
         self._on_event = on_event
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -85,7 +91,9 @@ class Broker:
         self._server_process: psutil.Process | None = None
         self._started = threading.Event()
         self._first: Event | None = None
-        self._again = Restarts(limit=GUARDIANS, window=WITHIN)
+        # It takes some time to see that one hangs.
+        hanging = limits.liveness_timeout + GUARDIAN_ALLOWANCE
+        self._again = Restarts(limit=GUARDIANS, window=WITHIN + GUARDIANS * hanging)
         self._why_again = ""  # what to say when the server is up again
         self._order = Order(
             server=server.path,
@@ -104,7 +112,7 @@ class Broker:
         guardian = Companion(
             "cluster.broker.guardian",
             log=self._guardian_log,
-            environment={},
+            environment={"CLUSTER_ID": self._cluster_id},
             on_line=self._on_line,
             on_end=self._on_end,
             patience=self._order.liveness_timeout + GUARDIAN_ALLOWANCE,
@@ -172,7 +180,7 @@ class Broker:
     def _replace_guardian(self) -> None:
         """In the thread of the one that died. Its server has died with it, or is killed; all that
         was in it is in its file."""
-        code = self._guardian.end(0)
+        code = self._guardian.end(REAP_TIMEOUT)
         how = "hung" if self._guardian.hung else f"ended: {explain(code)}"
         self._why_again = f"its guardian process {how}"
         pause = self._again.next(time.monotonic())

@@ -108,8 +108,11 @@ class Workers:
             yield from self._bury(dead, "its connection is gone")
 
     def _listen_for_silent(self) -> Iterator[Dead]:
+        # By the watchdog's connection alone: the broker also counts what it writes itself, and to
+        # others it writes whatever is broadcast.
         silences = self._silences("pubsub")
-        members = {node: silences[node] for node in self._members() if node in silences}
+        names = {node: keys.presence(node) for node in self._members()}
+        members = {node: silences[name] for node, name in names.items() if name in silences}
         # By a clock of its own, on which no pause counts for more than one look.
         dead = self._presence.hear(members, self._hearing.look(time.monotonic()))
         yield from self._bury(dead, f"no sign of life for {self._patience:g} s: stopped or cut off")
@@ -129,8 +132,9 @@ class Workers:
         return [node.decode() for node in cast("list[bytes]", self._client.hkeys(keys.WORKERS))]
 
     def _silences(self, kind: str) -> dict[str, float]:
-        """For how many seconds the broker has heard nothing, by the node whose main process has
-        a connection of this kind: "normal" ones for its tasks, "pubsub" for its watchdog.
+        """For how many seconds nothing has come or gone, by the name of a connection of this kind:
+        "normal" ones for a node's tasks have its name, a "pubsub" one of its watchdog's that of
+        its channel.
 
         Long to list where there are thousands, so only asked for now and then.
         """

@@ -31,6 +31,9 @@ END_TIMEOUT = 2.0
 #: The file for what it prints; each worker has one of its own beside it.
 FORK_SERVER_LOG = "forkserver.log"
 
+#: How a worker's id begins, and with it the name of its file.
+ID_PREFIX = "local-"
+
 _STDOUT = 1
 
 #: Lines of its log that go into an error.
@@ -158,7 +161,7 @@ def strays(cluster_id: str) -> Mapping[str, tuple[Stray, Path]]:
         except (psutil.Error, ProcessLookupError):
             continue  # it has just ended, or is another user's
         for log in logs:
-            if log.suffix == ".log" and log.name != FORK_SERVER_LOG:
+            if log.name.startswith(ID_PREFIX):
                 found[log.stem] = Stray(process), log
     return found
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from cluster.errors import LaunchError
 from cluster.interpreter import original_python_path, search_path
 from cluster.launchers.echo import Echo
-from cluster.launchers.forkserver import ForkServer, Process, strays, wait_for
+from cluster.launchers.forkserver import ID_PREFIX, ForkServer, Process, strays, wait_for
 from cluster.logfile import last_lines
 from cluster.model import (
     Finding,
@@ -180,7 +180,7 @@ class LocalLauncher:
         if run.server.gone:
             run.server.end()
             run.server = self._fork_server(spec)
-        refs = [WorkerRef(f"local-{secrets.token_hex(3)}", self.name) for _ in range(count)]
+        refs = [WorkerRef(f"{ID_PREFIX}{secrets.token_hex(3)}", self.name) for _ in range(count)]
         processes = run.server.fork(
             [ref.id for ref in refs],
             environment=self._environment(spec, run),

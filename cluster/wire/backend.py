@@ -63,6 +63,12 @@ logger = get_logger(__name__)
 #: Bytes of a result that is stored when large ones are refused, and of a failure that always is.
 SMALL = 16 * 2**10
 
+#: Seconds that any result waits for room while others are waited for.
+STORE_PATIENCE = 30.0
+
+#: Results to ask for at once.
+AT_ONCE = 50
+
 #: Seconds that a chord's member waits for room for its result.
 CHORD_PATIENCE = 10.0
 
@@ -107,9 +113,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
             self.backend.check_coming()
         self.backend.waiting.has_all = True
         ids = {id_ for pending in self._pending_results for id_ in tuple(pending)}
-        for value in self.backend.client.mget(map(self.backend.key_of, ids)) if ids else ():
-            if value not in {None, FREED}:
-                self.on_state_change(self._decode_result(value), None)
+        self._look_at(map(self.backend.key_of, ids))
 
     _said: AbstractSet[str] = frozenset()
 
@@ -118,7 +122,13 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         if not self.backend.deliveries.refused:
             self._said = frozenset()
             return
-        ids = {id_ for pending in self._pending_results for id_ in tuple(pending)}
+        ids = {
+            id_
+            for pending in self._pending_results
+            for waiting in tuple(pending.values())
+            for result in tuple(waiting.values())
+            for id_ in _lineage(result)
+        }
         new = ids - self._said
         if new:
             self.backend.say_awaited(new)
@@ -160,7 +170,15 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
                 self._pubsub.connection.register_connect_callback(self._pubsub.on_connect)
                 return
             self._pubsub.subscribe(*self.subscribed_to)
-            for value in client.mget(self.subscribed_to):
+            self._look_at(self.subscribed_to)
+
+    def _look_at(self, names: Iterable[Any]) -> None:
+        """Take in what is stored under these keys. Some at a time: an answer is in the broker's
+        memory until it is read."""
+        left = list(names)
+        while left:
+            some, left = left[:AT_ONCE], left[AT_ONCE:]
+            for value in self.backend.client.mget(some):
                 if value not in {None, FREED}:
                     self.on_state_change(self._decode_result(value), None)
 
@@ -168,11 +186,13 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
 class Waiting(threading.local):
     """How a thread waits for a result.
 
-    ``until``: when it gives up, if it does. ``since``: when the broker was out of reach.
+    ``waits``: it does. ``until``: when it gives up, if it does. ``since``: when the broker was
+    out of reach.
     ``has_all``: it has looked for what is there since no more will come.
     ``freed``: the results that a look finds freed, while it lasts, and after it ``freed_before``.
     """
 
+    waits = False
     until: float | None = None
     since = 0.0
     has_all = False
@@ -251,7 +271,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """Who looks at a result's state has it if it is ready, and may wait for it if it isn't."""
         meta = super().get_task_meta(task_id, *args, **kwargs)
         if meta["status"] in READY_STATES:
-            self.note_delivery(task_id)
+            # Who waits for a result looks at its parents, which are still needed until it's there.
+            if not self.waiting.waits:
+                self.note_delivery(task_id)
         elif self._is_managers:
             self.check_coming()
             if self.deliveries.refused:
@@ -342,10 +364,12 @@ class Backend(RedisBackend):  # type: ignore[misc]
         timeout = kwargs.get("timeout")
         self.waiting.until = None if timeout is None else monotonic() + timeout
         self.waiting.has_all = False
+        self.waiting.waits = True
         try:
             yield from super()._wait_for_pending(result, **kwargs)
         finally:
             self.waiting.until = None
+            self.waiting.waits = False
         # Until then its parents are looked at, for their errors.
         if self._is_managers and result.parent is not None:
             self._note_lineage(result.parent)
@@ -413,6 +437,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 if monotonic() - since > CHORD_PATIENCE or self.client.exists(note):
                     self.client.eval(NOTE_TOO_LARGE, 1, note)
                     refuse_as_full(f"{reason(error)}; the results of its chord don't fit in")
+            late = is_full(error) and monotonic() - since > STORE_PATIENCE
+            if late and self.client.scard(keys.AWAITED):
+                # Nobody gets these: they wait for another, whose task may wait for a worker.
+                refuse_as_full(f"{reason(error)}; other results are waited for")
             raise
 
     def _encode_meta(

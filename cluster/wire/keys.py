@@ -31,14 +31,15 @@ FULL = "cluster:full"
 AWAITED = "cluster:awaited"
 #: List of the keys of results that the manager has got, the last first.
 DELIVERED = "cluster:delivered"
-#: Set of the ids of tasks that were revoked.
+#: Sorted set: id of a task that was revoked → when.
 REVOKED = "cluster:revoked"
 #: Channel to which each worker's watchdog subscribes; carries the manager's word too.
 PRESENCE = "cluster:presence"
 
 
 def unacked(node: str) -> str:
-    """Hash: number of the hand-out → the message, for one node."""
+    """Hash: number of the hand-out → where it came from, for one node. The message lies beside it,
+    under this name with the number (:mod:`cluster.wire.scripts`)."""
     return f"cluster:unacked:{node}"
 
 

@@ -51,6 +51,14 @@ def refuse_as_full(why: str) -> NoReturn:
     )
 
 
+def refuse_for_now(why: str) -> NoReturn:
+    """Raise :class:`BrokerFull` for a broker that can't write; ``why`` is its word."""
+    raise BrokerFull(
+        f"The broker can't write at the moment ({why}): the disk with its directory, in TMPDIR, "
+        "may be full. Nothing was sent or stored. Make room there, and send again."
+    )
+
+
 def megabytes(size: int) -> str:
     """A number of bytes, for people."""
     return f"{size / 2**20:.1f} MiB"

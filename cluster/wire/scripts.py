@@ -256,6 +256,15 @@ redis.call('LTRIM', KEYS[1], 0, -1)
 return redis.call('LPUSH', KEYS[1], ARGV[1])
 """
 
+#: Keep that tasks were revoked, as many and for as long as Celery does (celery/worker/state.py).
+#: KEYS: revoked. ARGV: now, in seconds; ids.
+KEEP_REVOKED = """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1] - 10800)
+redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -50001)
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], ARGV[1], ARGV[i]) end
+return #ARGV - 1
+"""
+
 #: Say which results are waited for. KEYS: awaited. ARGV: the results' keys.
 AWAIT = """
 redis.call('SREM', KEYS[1], '')

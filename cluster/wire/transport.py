@@ -15,8 +15,11 @@ connection gives nothing back.
 never hears of it, so it doesn't flush its pool, drop its timers or run a task
 again.
 
-Outside a worker the node is unknown, and all of it is kombu's own behaviour,
-save for the token.
+*Publishing.* What is sent again since no answer came arrives once; what is too
+large, or too much, is refused; who is revoked is kept.
+
+Outside a worker the node is unknown, and taking, holding and reconnecting are
+kombu's own.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from queue import Empty
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any, NoReturn
 
 from kombu.exceptions import BatchPublishError
@@ -52,8 +55,17 @@ from cluster.wire.ledger import (
     raise_for,
     reason,
 )
-from cluster.wire.refusals import check_size, refuse_as_full
-from cluster.wire.scripts import AWAIT, FULL_ERROR, LARGE, PUT, Scripts, no_room, take_arguments
+from cluster.wire.refusals import check_size, refuse_as_full, refuse_for_now
+from cluster.wire.scripts import (
+    AWAIT,
+    FULL_ERROR,
+    KEEP_REVOKED,
+    LARGE,
+    PUT,
+    Scripts,
+    no_room,
+    take_arguments,
+)
 
 logger = get_logger(__name__)
 
@@ -366,7 +378,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         if batch is not None:
             batch.add("eval", PUT, *arguments)
             return
-        full_until = monotonic() + (ROOM_WITHIN if outside else ROOM_WITHIN_IN_WORKER)
+        # A worker's main process has other things to do, on which more depends.
+        patience = 0.0 if identity.taking() else (ROOM_WITHIN if outside else ROOM_WITHIN_IN_WORKER)
+        full_until = monotonic() + patience
         while True:
             try:
                 with self.conn_or_acquire() as client:
@@ -445,9 +459,13 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             ids = order["arguments"]["task_id"] if order["method"] == "revoke" else []
         except (ValueError, KeyError, TypeError):
             return  # an event that happens to have the word in it
-        with self.conn_or_acquire() as client:
-            for id_ in [ids] if isinstance(ids, str) else ids:
-                client.sadd(keys.REVOKED, id_)
+        named = [ids] if isinstance(ids, str) else list(ids)
+        try:
+            with self.conn_or_acquire() as client:
+                client.eval(KEEP_REVOKED, 1, keys.REVOKED, time(), *named)
+        except ResponseError as error:
+            # Those who are there hear it all the same.
+            logger.warning("That tasks were revoked can't be kept (%s).", error)
 
     def _delete(self, queue: str, *args: Any, **kwargs: Any) -> None:
         super()._delete(queue, *args, **kwargs)
@@ -512,8 +530,10 @@ class Batch(kombu_redis.PublishBatch):  # type: ignore[misc]
 
 def _refuse(error: ResponseError) -> NoReturn:
     """Raise what the sender is to see."""
-    if is_refusal(error) or is_full(error):
+    if is_full(error):
         refuse_as_full(reason(error))
+    if is_refusal(error):
+        refuse_for_now(reason(error))
     raise error
 
 

@@ -10,6 +10,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from celery.utils.log import get_logger
+from redis.exceptions import ResponseError
 
 from cluster.jsonlines import decode
 from cluster.mismatch import Mismatches, Side
@@ -129,9 +130,9 @@ class Membership:
                 client = connection.default_channel.client
                 revokes.learn(client)  # what came before it listened to orders
                 Scripts(client).announce(encode(registration))
-        except CONNECTION_ERRORS as error:
+        except (*CONNECTION_ERRORS, ResponseError) as error:
             # The manager has lost its connection as well, and looks at the
             # registrations once it has another.
-            logger.warning("The broker went away as this worker joined (%s).", error)
+            logger.warning("The broker was away, or full, as this worker joined (%s).", error)
         finally:
             wait_with_taking(False)

@@ -19,5 +19,6 @@ if TYPE_CHECKING:
 
 def learn(client: Redis) -> None:
     """Take in what the broker has kept."""
-    for id_ in cast("set[bytes]", client.smembers(keys.REVOKED)):
-        state.revoked.add(id_.decode())
+    for id_ in cast("list[bytes]", client.zrange(keys.REVOKED, 0, -1)):
+        if id_.decode() not in state.revoked:
+            state.revoked.add(id_.decode())

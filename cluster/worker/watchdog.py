@@ -77,7 +77,7 @@ class Watchdog(threading.Thread):
         self._beat_every = liveness_timeout / BEATS
         self._next_beat = 0.0
         self._unanswered = False
-        self._client = connect(endpoint, COMMAND_TIMEOUT, name=node)
+        self._client = connect(endpoint, COMMAND_TIMEOUT, name=self._own_channel)
         self._pubsub: Any = None
         self._connected = False
 

@@ -47,6 +47,7 @@ def broker(launcher: Launcher) -> Iterator[Broker]:
         host=launcher.reach().host,
         secret=new_secret(),
         directory=Path(tempfile.mkdtemp(prefix="contract-")),
+        cluster_id=ID,
         workers=4,
         limits=Limits(10.0, 30.0, 3, 2**30, 2**20),
         on_event=lambda _: None,

@@ -123,7 +123,11 @@ def test_a_short_freeze_is_no_death(tmp_path: Path, eventually):
 
         def silence() -> int:
             clients = c._client.client_list(_type="pubsub")
-            return max(int(client["idle"]) for client in clients if client["name"] == before[0])
+            return max(
+                int(client["idle"])
+                for client in clients
+                if client["name"] == keys.presence(before[0])
+            )
 
         with frozen(int(main)):
             eventually(lambda: silence() >= 1, "it is missed")
