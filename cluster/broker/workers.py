@@ -103,7 +103,9 @@ class Workers:
             counts = dict(zip(nodes, (count for _, count in reply), strict=True))
         suspects = self._presence.look(counts, now)
         if suspects:
-            connected = self._silences("normal").keys()
+            # A watchdog's that is about to subscribe again is one, too.
+            names = self._silences("normal").keys()
+            connected = {node for node in suspects if {node, keys.presence(node)} & names}
             dead = self._presence.judge(suspects, connected, now)
             yield from self._bury(dead, "its connection is gone")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from network import Network, network
-from sampleapp import app, wait_for
+from sampleapp import app, wait_for, where
 
 import cluster
 from cluster.launchers.local import LocalLauncher
@@ -90,6 +90,20 @@ def test_a_frozen_worker_gives_its_task_to_another(tmp_path: Path, eventually, c
         eventually(lambda: len(c.workers) == 2, "and no more than that")
     assert "no sign of life for 2 s: stopped or cut off; tasks given back: 1" in caplog.text
     assert [line.split()[0] for line in lines(log)] == ["start", "start", "end"]
+
+
+def test_a_frozen_worker_is_missed_while_others_are_talked_to(eventually):
+    """What the broker sends to the frozen one is no sign of life."""
+    with cluster.start(2, app=app) as c:
+        before = set(c.workers)
+        _, _, main = where.delay().get(timeout=30)
+        with frozen(main):
+
+            def replaced() -> bool:
+                app.control.broadcast("heartbeat")
+                return len(before - set(c.workers)) == 1
+
+            eventually(replaced, "it is missed")
 
 
 def test_a_zombie_that_thaws_disturbs_nothing_and_leaves(tmp_path: Path, eventually):

@@ -154,7 +154,7 @@ class Worker:
         self.world, self.node = world, node
         server = world.server
         self.poll, self.settle = Link(server, node, node), Link(server, node, node)
-        self.child, self.watch = Link(server, node), Link(server, node, node)
+        self.child, self.watch = Link(server, node), Link(server, node, keys.presence(node))
         self.fates: deque[Fate] = deque()
         # What the watchdog does is of no consequence: it needs no fates of its own.
         for link in (self.poll, self.settle, self.child):
@@ -167,6 +167,7 @@ class Worker:
         self.there = True  # its main process
         self.frozen = False
         self.cut = False
+        self._last_cut = -math.inf
         self.taking = True
         self.leaving = False
         self.away = False
@@ -202,6 +203,7 @@ class Worker:
 
     def _set_cut(self, cut: bool) -> None:
         self.cut = cut
+        self._last_cut = self.world.clock.now
         for link in self.links:
             link.cut = cut
             if not cut and not (self.there and link.connection):
@@ -229,7 +231,9 @@ class Worker:
     def is_well(self) -> bool:
         """Whether it gives its sign of life as it should, or has time left to do so again."""
         since = self.world.server_since
-        if self._beat <= since and self.world.clock.now - since < LIVENESS_TIMEOUT - LONG_TICK:
+        spared = self._beat <= since and self.world.clock.now - since < LIVENESS_TIMEOUT - LONG_TICK
+        # But who was cut off since may lose its old connections before it has new ones.
+        if spared and self._last_cut <= since:
             return self.acts and not self.cut
         watching = self.watch.connection in self.world.server.connections
         silence = self.world.clock.now - self.world.slept - self._beat_awake
