@@ -3,10 +3,14 @@ check that a test leaves nothing behind."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 from tools import Traces, leaving_nothing, strip_environment, wait_until
+
+# Under nohup it is ignored, and what a test starts would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
