@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from tools import Traces, leaving_nothing, strip_environment, wait_until
 
-# Under nohup it is ignored, and what a test starts would inherit that.
+# Under nohup, and in the background of a script, these are ignored, and what a test starts
+# would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
