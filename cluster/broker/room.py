@@ -30,7 +30,7 @@ from cluster.wire.scripts import RESULTS_REFUSED, SAY_FULL, Scripts
 #: Parts of the memory: from the first on, what was delivered is freed; from the second on, all is
 #: refused. Those in between are in the settings: who brings something large is asked at once,
 #: by the scripts, since much may come between two looks.
-FREE_FROM, ALL_FROM = 0.4, 0.95
+FREE_FROM, ALL_FROM = 0.3, 0.95
 
 #: A level is left when less than this part of what it began at is used.
 LEAVE_AT = 0.9
