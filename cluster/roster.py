@@ -70,10 +70,11 @@ class Roster:
 
     def lost(self, node: str) -> Seat | None:
         """The guardian declared this node dead; returns its seat if that is news."""
-        seat = self.of(node) or self._not_joined(node)
+        seat = self.of(node)
         if seat is None or seat.gone:
             return None
         seat.gone = True
+        seat.node = node  # its registration may never be heard
         return seat
 
     # -- answering --------------------------------------------------------------
@@ -142,18 +143,17 @@ class Roster:
             for seat in self._seats.values()
         )
 
-    def _not_joined(self, node: str) -> Seat | None:
-        """One that died between its registration and our hearing of it: the node's name begins
-        with the worker's id (:func:`cluster.wire.identity.new_node_name`)."""
-        worker = node.rpartition("@")[0].rpartition("-")[0]
-        for seat in self._seats.values():
-            if seat.ref.id == worker and not seat.node:
-                return seat
-        return None
-
     def of(self, node: str) -> Seat | None:
-        """The seat of the worker with this node name."""
+        """The seat of the worker with this node name.
+
+        Also of one whose registration hasn't been heard of yet, and that may be dead already: the
+        node's name begins with the worker's id (:func:`cluster.wire.identity.new_node_name`).
+        """
+        worker = node.rpartition("@")[0].rpartition("-")[0]
+        unheard = None
         for seat in self._seats.values():
             if seat.node == node:
                 return seat
-        return None
+            if seat.ref.id == worker and not seat.node:
+                unheard = seat
+        return unheard

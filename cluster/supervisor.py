@@ -58,7 +58,7 @@ LINE_AT_MOST = 300
 LAST_SHOWN = 10
 
 #: Seconds for a platform to say how a worker ended, before a task is failed without.
-EXITS_KNOWN_WITHIN = 2.0
+EXITS_KNOWN_WITHIN = 5.0
 
 #: What a full broker means, and what to do.
 SENDERS_REFUSED = (
@@ -126,7 +126,7 @@ class Supervisor(threading.Thread):
         self._ready_until: float | None = None  # when one was ready for the last time
         self._buried: list[tuple[Seat, str]] = []  # who is gone, and why, and not judged yet
         self._due: list[float] = []  # when to launch a replacement, one entry each
-        self._given_up_since: float | None = None
+        self._given_up_since: tuple[object, float] | None = None
         self._to_release: dict[str, str] = {}  # node → why
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -242,7 +242,7 @@ class Supervisor(threading.Thread):
         """Fail the tasks that were handed out too often; each stays listed until that is done."""
         while (entry := self._client.lindex(keys.GIVEN_UP, -1)) is not None:
             given_up = givenup.read(entry, self._binding.app.conf.accept_content)
-            if not self._exits_are_known(given_up):
+            if not self._exits_are_known(entry, given_up):
                 return
             why = self._explain(given_up)
             logger.error("%s", why)
@@ -252,13 +252,13 @@ class Supervisor(threading.Thread):
             self._client.lrem(keys.GIVEN_UP, -1, cast("str", entry))
             self._given_up_since = None
 
-    def _exits_are_known(self, given_up: givenup.GivenUp) -> bool:
+    def _exits_are_known(self, entry: object, given_up: givenup.GivenUp) -> bool:
         """Whether the platform has said how the workers ended that died of this task, or has had
         time to: the broker mostly hears first."""
         now = self._attention.look(time.monotonic())
-        if self._given_up_since is None:
-            self._given_up_since = now
-        if now - self._given_up_since > EXITS_KNOWN_WITHIN:
+        if self._given_up_since is None or self._given_up_since[0] != entry:
+            self._given_up_since = (entry, now)
+        if now - self._given_up_since[1] > EXITS_KNOWN_WITHIN:
             return True
         with self.changed:
             seats = [

@@ -125,7 +125,7 @@ def test_an_error_callback_hears_of_a_task_that_is_given_up(tmp_path: Path, log:
     result = die.apply_async((str(log),), link_error=write_error.s(str(heard)))
     with pytest.raises(cluster.WorkerLost):
         result.get(timeout=SOON)
-    eventually(heard.exists, "the callback has run")
+    eventually(lambda: lines(heard), "the callback has run")
     assert lines(heard)[0].startswith("WorkerLost: Task canvasapp.die")
 
 

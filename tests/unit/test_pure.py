@@ -268,6 +268,20 @@ def test_a_worker_that_is_lost_before_it_was_heard_of_is_gone():
     assert seat is not None and seat.ref == WorkerRef("w-1")
     assert roster.lost("w-1-c0ffee@h") is None
     assert roster.coming == 1
+    roster.joined(joined("w-1-c0ffee@h", "w-1"))  # late, and nothing any more
+    assert roster.unanswered == ()
+
+
+def test_how_a_worker_ended_is_known_by_its_node_though_its_registration_came_too_late():
+    roster, lost, described = Roster(), WorkerRef("w-1"), WorkerRef("w-2")
+    roster.launched([lost, described])
+    roster.lost("w-1-c0ffee@h")
+    roster.described({lost: DIED, described: DIED})
+    for ref in (lost, described):
+        node = f"{ref.id}-c0ffee@h"
+        roster.joined(joined(node, ref.id))
+        seat = roster.of(node)
+        assert seat is not None and seat.ref == ref and seat.status == DIED
 
 
 def test_a_stranger_takes_no_seat():
