@@ -312,10 +312,12 @@ class Supervisor(threading.Thread):
         if not nodes:
             return
         answered = self._pinger.ping(nodes)
+        now = self._attention.look(time.monotonic())
         with self.changed:
-            self.roster.answered(answered, self._attention.look(time.monotonic()))
+            self.roster.answered(answered, now)
             self.changed.notify_all()
         if answered:
+            self._ready_until = now  # it may be gone again before this turn is over
             self._replacements.became_ready()
             self._on_ready()
 

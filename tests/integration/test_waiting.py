@@ -21,6 +21,8 @@ from celery.result import AsyncResult
 
 import cluster
 import cluster.replacement
+from cluster.broker.broker import Broker
+from cluster.launchers.local import LocalLauncher
 from cluster.model import State
 
 #: Seconds for a result.
@@ -192,6 +194,26 @@ def test_replacements_that_never_become_ready_are_not_waited_for(load, flag: Pat
         assert flag.with_suffix(".seen").exists()
         assert dict(caught.value.deaths) == {node: "killed by SIGKILL"}
         assert c.state is State.FAILED
+
+
+def test_one_that_dies_as_it_becomes_ready_was_ready(load, flag, monkeypatch, eventually):
+    """And with replacements that never are, nobody waits for ever."""
+    m, launcher = load("threading.Event().wait()"), LocalLauncher()
+    watch, started = Broker.watch, threading.Event()
+
+    def kill_and_watch(broker: Broker) -> None:
+        [worker] = launcher._workers.values()
+        assert started.wait(SOON)
+        flag.touch()
+        os.kill(worker.process.pid, signal.SIGKILL)
+        eventually(lambda: worker.process.over, "its launcher has heard")
+        watch(broker)
+
+    monkeypatch.setattr(Broker, "watch", kill_and_watch)
+    with cluster.start(1, app=m.app, launcher=launcher, timeout=3):
+        started.set()
+        with pytest.raises(cluster.WorkerLost, match="has been ready for 3 s"):
+            m.add.delay(1, 1).get(timeout=SOON)
 
 
 CRASHES = """
