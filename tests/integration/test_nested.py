@@ -484,17 +484,23 @@ def test_forked_children_use_the_app_and_results_are_not_mixed_up(way):
 
 def test_a_forked_child_that_waits_is_told_when_the_cluster_is_gone():
     """Not at once: it takes the broker for one that is restarted, for a while."""
+    read_end, write_end = os.pipe()
     with cluster.start(0, app=canvasapp.app, progress=False):
         child = os.fork()
         if child == 0:
             code = 1
             try:
                 backend.ORPHAN_TIMEOUT = 0.3
-                canvasapp.add.delay(1, 2).get(timeout=SOON)
+                result = canvasapp.add.delay(1, 2)
+                os.write(write_end, b"sent")
+                result.get(timeout=SOON)
             except cluster.BrokerLost:
                 code = 7
             finally:
                 os._exit(code)
+        os.close(write_end)
+        assert os.read(read_end, 4) == b"sent"
+    os.close(read_end)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 

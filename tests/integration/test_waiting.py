@@ -185,11 +185,11 @@ def test_results_that_are_there_can_be_got_when_no_worker_is_left(load, flag: Pa
 def test_replacements_that_never_become_ready_are_not_waited_for(load, flag: Path, eventually):
     """None has been ready for as long as a start may take."""
     m = load("threading.Event().wait()")
-    with cluster.start(1, app=m.app, timeout=3) as c:
+    with cluster.start(1, app=m.app, timeout=8) as c:
         [node], [pid] = c.workers, pids(c)
         flag.touch()
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(cluster.WorkerLost, match="has been ready for 3 s") as caught:
+        with pytest.raises(cluster.WorkerLost, match="has been ready for 8 s") as caught:
             m.add.delay(1, 1).get(timeout=SOON)
         assert flag.with_suffix(".seen").exists()
         assert dict(caught.value.deaths) == {node: "killed by SIGKILL"}
@@ -210,9 +210,9 @@ def test_one_that_dies_as_it_becomes_ready_was_ready(load, flag, monkeypatch, ev
         watch(broker)
 
     monkeypatch.setattr(Broker, "watch", kill_and_watch)
-    with cluster.start(1, app=m.app, launcher=launcher, timeout=3):
+    with cluster.start(1, app=m.app, launcher=launcher, timeout=8):
         started.set()
-        with pytest.raises(cluster.WorkerLost, match="has been ready for 3 s"):
+        with pytest.raises(cluster.WorkerLost, match="has been ready for 8 s"):
             m.add.delay(1, 1).get(timeout=SOON)
 
 
