@@ -254,8 +254,9 @@ class Guardian:
                 continue
             break
         assert self.server is not None
-        if self._workers is not None:
+        if self._workers is not None and self._memory is not None:
             self._workers.broker_was_away()
+            self._memory.broker_was_away()
         self._emit(Restarted(self.server.pid, reason))
         return True
 

@@ -43,6 +43,11 @@ LOOK_CLOSELY_EVERY = 0.02
 FREE_AT_ONCE = 500
 STEPS = 10
 
+#: From how many bytes on Valkey 9 doesn't copy a value into what it has to send. What isn't copied
+#: doesn't count against a client's limit: an unread subscription kept every large result that was
+#: freed (https://github.com/valkey-io/valkey/issues/2396). 0 has it copy all.
+UNCOPIED_FROM = "min-string-size-avoid-copy-reply"
+
 
 class Level(IntEnum):
     """How full it is."""
@@ -104,6 +109,11 @@ class Memory:
         self._gauge = Gauge(memory)
         self._next_look = 0.0
         self._known = False
+        self._copies = False
+
+    def broker_was_away(self) -> None:
+        """It knows nothing of what it was told."""
+        self._known = self._copies = False
 
     def look(self, now: float) -> list[Full | Room]:
         """Look, if it is time; return what is new.
@@ -121,6 +131,10 @@ class Memory:
             return []  # one that doesn't answer is the guardian's business
 
     def _look(self) -> Iterator[Full | Room]:
+        if not self._copies:
+            if self._client.config_get(UNCOPIED_FROM):
+                self._client.config_set(UNCOPIED_FROM, 0)
+            self._copies = True
         used = self._used()
         if used >= FREE_FROM * self._memory:
             self._next_look += LOOK_CLOSELY_EVERY - LOOK_EVERY

@@ -382,9 +382,12 @@ def test_the_last_results_that_were_delivered_are_freed(little_memory, eventuall
 
 
 def test_results_that_were_polled_for_are_freed(little_memory, eventually):
-    """``ready()`` brings the result along, and ``get()`` then asks for nothing."""
-    with cluster.start(2, app=app):
-        for i in range(60):
+    """``ready()`` brings the result along, and ``get()`` then asks for nothing. The unread
+    subscription keeps none either, in a broker that was restarted as in a new one."""
+    with cluster.start(2, app=app) as c:
+        for i in range(80):
+            if i == 20:
+                c._broker._server_process.kill()
             result = swell.delay(MB, i)
             eventually(result.ready, "it is done")
             assert one_right(result, i)
