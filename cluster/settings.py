@@ -19,12 +19,12 @@ from cluster.errors import ConfigurationError
 #: A worker ends itself this many seconds after it last reached the broker.
 ORPHAN_TIMEOUT = 30.0
 
-#: Who has given no sign of life for this many seconds is taken for dead: a worker that is
+#: Who has given no sign of life is taken for dead within this many seconds: a worker that is
 #: frozen or cut off, a broker that hangs, a guardian.
 LIVENESS_TIMEOUT = 10.0
 
 #: Signs of life that a worker gives in that time.
-BEATS = 5
+BEATS = 10
 
 #: A task whose process has died this often is given up.
 MAX_DELIVERIES = 3
@@ -115,7 +115,7 @@ class ManagerSettings:
     liveness_timeout: float = environ.var(
         default=LIVENESS_TIMEOUT,
         converter=_seconds,
-        help="seconds without a sign of life after which a worker or the broker counts as dead",
+        help="seconds that a worker or the broker may be silent until it counts as dead",
     )
     orphan_timeout: float = environ.var(
         default=ORPHAN_TIMEOUT,

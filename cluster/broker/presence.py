@@ -25,6 +25,11 @@ from dataclasses import dataclass, field
 #: Seconds after which a suspect that still had a connection is looked at again.
 LOOK_AGAIN = 0.5
 
+#: Parts of the patience: from which silence on a worker is doubted, at which one it is dead, and
+#: for how long it must have been doubted by then. Less than the whole, so that with the time
+#: between two looks, of which there are :data:`cluster.settings.BEATS`, it is dead within it.
+DOUBTED_AT, DEAD_AT, DOUBTED_FOR = 0.5, 0.9, 0.3
+
 
 @dataclass(slots=True)
 class Presence:
@@ -83,27 +88,32 @@ class Presence:
                 dead.add(node)
         return dead
 
+    @property
+    def doubts(self) -> bool:
+        """Whether somebody was silent for so long that it is worth to listen more often."""
+        return bool(self._quiet)
+
     def hear(self, silences: Mapping[str, float], now: float) -> set[str]:
         """Take in for how long the broker has heard nothing of each member; return who is dead.
 
-        Silence counts that the broker has measured and that lasted while we looked, for half of
-        :attr:`patience` at least: after a pause of the whole machine the broker's measure alone
-        would condemn everybody.
+        Silence counts that the broker has measured and of which we have seen the end ourselves,
+        in several looks: after a pause of the whole machine the broker's measure alone would
+        condemn everybody.
 
         Args:
             silences: seconds, by node name, of those that have their subscription.
             now: as for :meth:`look`.
         """
-        half = self.patience / 2
         self._quiet = {
             node: self._quiet.get(node, now)
             for node, seconds in silences.items()
-            if seconds >= half
+            if seconds >= DOUBTED_AT * self.patience
         }
         dead = {
             node
             for node, since in self._quiet.items()
-            if silences[node] >= self.patience and now - since >= half
+            if silences[node] >= DEAD_AT * self.patience
+            and now - since >= DOUBTED_FOR * self.patience
         }
         for node in dead:
             del self._quiet[node]

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from cluster.attention import Attention
 from cluster.broker.messages import Dead
-from cluster.broker.presence import Presence
+from cluster.broker.presence import DEAD_AT, Presence
 from cluster.settings import BEATS
 from cluster.wire import keys
 from cluster.wire.ledger import reason
@@ -37,7 +37,7 @@ class Workers:
 
     Args:
         client: of the broker.
-        patience: seconds without a sign of life after which a worker counts as dead.
+        patience: seconds without a sign of life within which a worker counts as dead.
         max_deliveries: how often a task's process may die.
         timeout: seconds for each of the client's commands.
     """
@@ -92,8 +92,10 @@ class Workers:
             self._next_full_look = now + FULL_LOOK
             yield from self._look_for_missing(now)
         if now >= self._next_hearing:
-            self._next_hearing = now + self._patience / BEATS
             yield from self._listen_for_silent()
+            # Where somebody is silent, four times as often: what is found late comes on top.
+            pause = self._patience / BEATS
+            self._next_hearing = now + (pause / 4 if self._presence.doubts else pause)
 
     def _look_for_missing(self, now: float) -> Iterator[Dead]:
         nodes = self._members()
@@ -117,7 +119,8 @@ class Workers:
         members = {node: silences[name] for node, name in names.items() if name in silences}
         # By a clock of its own, on which no pause counts for more than one look.
         dead = self._presence.hear(members, self._hearing.look(time.monotonic()))
-        yield from self._bury(dead, f"no sign of life for {self._patience:g} s: stopped or cut off")
+        seconds = DEAD_AT * self._patience
+        yield from self._bury(dead, f"no sign of life for {seconds:g} s: stopped or cut off")
 
     def _bury(self, nodes: Iterable[str], why: str) -> Iterator[Dead]:
         begun = set(self._to_bury)

@@ -49,7 +49,7 @@ class Watchdog(threading.Thread):
         endpoint: the broker.
         node: this worker's node name.
         parent: process id of the manager, where it is this process's parent; else 0.
-        liveness_timeout: seconds without a sign of life after which the worker counts as dead.
+        liveness_timeout: seconds without a sign of life within which the worker counts as dead.
         orphan_timeout: seconds without the broker after which the worker ends itself.
         drain: the way out.
     """

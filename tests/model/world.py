@@ -22,6 +22,7 @@ from miniredis import Client, Connection, Fate, Link, Server
 from redis.exceptions import ResponseError
 
 from cluster.broker import workers as guardian_module
+from cluster.broker.presence import DOUBTED_FOR
 from cluster.settings import BEATS, LIVENESS_TIMEOUT, ORPHAN_TIMEOUT
 from cluster.wire import identity, keys, registration, scripts, transport
 from cluster.wire.backend import Backend
@@ -54,8 +55,8 @@ ENDED = "its process ended"
 NOTICED_WITHIN = 2 * LIVENESS_TIMEOUT + 2.0
 
 #: Sleeps of the whole machine, one after the other with a look in between, that nobody may be
-#: declared dead for: each counts for one beat, and the silence must last for half of BEATS.
-PAUSES = BEATS // 2
+#: declared dead for: each counts for one beat, and a worker is doubted for some of them first.
+PAUSES = math.ceil(DOUBTED_FOR * BEATS)
 
 #: Seconds in which all must be done once nothing goes wrong any more.
 DONE_WITHIN = 60.0
