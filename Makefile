@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: help demo test chaos check wheel clean
+.PHONY: help demo test coverage chaos check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -19,6 +19,11 @@ demo: $(VENV)/installed  ## count primes on a cluster of local processes
 	@$(BIN)/cluster demo
 
 test: $(VENV)/developing  ## run all tests
+	$(BIN)/pytest --numprocesses 4 --dist worksteal $(TESTS)
+
+# Not part of the tests: it has every process of a cluster write a file as it ends, and takes
+# locks there that a fork may copy.
+coverage: $(VENV)/developing  ## run all tests, and tell which lines they miss
 	$(BIN)/pytest --numprocesses 4 --dist worksteal --cov --cov-report=term $(TESTS)
 
 chaos: $(VENV)/developing  ## kill and freeze workers and broker at random; SEED=7 KILLS=1000
