@@ -147,9 +147,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         """In a process just forked: begin anew, and leave the connection to the parent."""
         pubsub, self._pubsub = self._pubsub, None
         if pubsub is not None:
-            # Never collected: that would take its lock, which another thread may have held.
-            _of_parents.append(pubsub)
-            _close_copy(pubsub)
+            _leave_to_parent(pubsub, pubsub.connection)
         self.subscribed_to.clear()
         self._after_fork()
 
@@ -234,6 +232,11 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """In a process just forked: what the parent waits for, and on which connections, is the
         parent's. The same as Celery does for children of its own pool, and for no others."""
         self._in_child = True
+        client = self.__dict__.pop("client", None)
+        if client is not None:
+            _leave_to_parent(client, *client.connections)
+        for name in ("_store_script", "_chord_part_return_script"):
+            self.__dict__.pop(name, None)  # they hold the client
         self.result_consumer.forget_parent()
         for pending in self._pending_results:
             pending.clear()
@@ -591,6 +594,15 @@ class _Client(Redis):
     def pubsub(self, **kwargs: Any) -> PubSub:
         return PubSub(self._subscriptions, **kwargs)
 
+    @property
+    def connections(self) -> list[Any]:
+        """Those of both kinds, read without a lock."""
+        return [
+            connection
+            for pool in (self.connection_pool, self._subscriptions)
+            for connection in (*pool._available_connections, *pool._in_use_connections)
+        ]
+
     def close_subscriptions(self) -> None:
         """Close what is subscribed."""
         self._subscriptions.disconnect()
@@ -613,11 +625,17 @@ _backends: weakref.WeakSet[Backend] = weakref.WeakSet()
 _of_parents: list[Any] = []
 
 
-def _close_copy(pubsub: Any) -> None:
-    """Closed, not shut down: that would end the parent's as well."""
-    sock = getattr(pubsub.connection, "_sock", None)
-    if sock is not None and sock.fileno() >= 0:
-        os.close(sock.detach())
+def _leave_to_parent(what: Any, *connections: Any) -> None:
+    """In a process just forked: let go of something of the parent's, and of its connections.
+
+    Kept, since to collect it would take its lock; and another thread may have held that as this
+    process was forked. The sockets are closed, and not shut down: that would end the parent's.
+    """
+    _of_parents.append(what)
+    for connection in connections:
+        sock = getattr(connection, "_sock", None)
+        if sock is not None and sock.fileno() >= 0:
+            os.close(sock.detach())
 
 
 def _renew_locks(*classes: type) -> None:

@@ -482,6 +482,40 @@ def test_forked_children_use_the_app_and_results_are_not_mixed_up(way):
     assert [result.get(timeout=SOON) for result in pending] == [500_000 + i for i in range(10)]
 
 
+def test_a_forked_child_waits_for_no_lock_of_its_parents(eventually):
+    """One that another thread holds at that moment is held in the child for ever."""
+    assert add.delay(1, 2).get(timeout=SOON) == 3
+    client = app.backend.client
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with client.connection_pool._lock, client._subscriptions._lock:
+            held.set()
+            over.wait(SOON)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(SOON)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = int(work(1) != right(1))
+            finally:
+                os._exit(code)
+    finally:
+        over.set()
+        thread.join()
+    process = psutil.Process(child)
+    try:
+        eventually(lambda: process.status() == psutil.STATUS_ZOMBIE, "it is done")
+    finally:
+        process.kill()
+        status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
 def test_a_forked_child_that_waits_is_told_when_the_cluster_is_gone():
     """Not at once: it takes the broker for one that is restarted, for a while."""
     read_end, write_end = os.pipe()
