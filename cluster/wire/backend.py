@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from time import monotonic
@@ -35,13 +35,12 @@ from kombu.utils.objects import cached_property
 from redis import ConnectionPool, Redis
 from redis.backoff import AbstractBackoff
 from redis.client import PubSub
-from redis.commands.core import Script
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError, WatchError
 from redis.retry import Retry
 
 from cluster.errors import BrokerLost, ClusterError
-from cluster.settings import LARGE_REFUSED_FROM, ORPHAN_TIMEOUT
+from cluster.settings import ORPHAN_TIMEOUT
 from cluster.wire import deliveries, ending, identity, keys
 from cluster.wire.chord import NOTE_TOO_LARGE, PartReturn
 from cluster.wire.client import lean
@@ -49,13 +48,11 @@ from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_full, is_refusal,
 from cluster.wire.refusals import MessageTooLarge, check_size, refuse_as_full
 from cluster.wire.scripts import (
     AWAIT,
-    FENCED_REPLY,
     FREED,
-    FULL_ERROR,
     LARGE,
-    RESULTS_REFUSED,
+    MAY_STORE,
     STORE,
-    no_room,
+    run,
 )
 
 logger = get_logger(__name__)
@@ -235,8 +232,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         client = self.__dict__.pop("client", None)
         if client is not None:
             _leave_to_parent(client, *client.connections)
-        for name in ("_store_script", "_chord_part_return_script"):
-            self.__dict__.pop(name, None)  # they hold the client
+        self.__dict__.pop("_chord_part_return_script", None)  # it holds the client
         self.result_consumer.forget_parent()
         for pending in self._pending_results:
             pending.clear()
@@ -462,41 +458,30 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _store(self, key: Any, value: Any, seconds: int, stored: bytes, urgency: int) -> bool:
         self.check_open()
         node = identity.current()
+        names = [keys.FENCED, key, keys.FULL, keys.AWAITED]
+        arguments = [node or "", value, seconds, stored, urgency]
         store: Callable[[], bool]
         if len(value) > LARGE:
-            store = partial(self._store_large, node or "", key, value, seconds, stored)
+            store = partial(self._store_large, names, *arguments)
         else:
-            store = partial(
-                self._store_script,
-                keys=[keys.FENCED, key, keys.FULL, keys.AWAITED],
-                args=[node or "", value, seconds, stored, urgency],
-            )
+            store = partial(run, self.client, STORE, len(names), *names, *arguments)
         return bool(guarded(node, store) if node else store())
 
-    @cached_property  # type: ignore[untyped-decorator]
-    def _store_script(self) -> Script:
-        script: Script = self.client.register_script(STORE)
-        return script
-
-    def _store_large(self, node: str, key: Any, value: Any, seconds: int, stored: bytes) -> bool:
+    def _store_large(self, names: Sequence[Any], node: str, value: Any, *rest: Any) -> bool:
         """What STORE does, without the copies that Lua makes of a value. The fence changes when
-        a worker dies and at no other time, so this is hardly ever done twice."""
+        a worker dies and at no other time, so this is hardly ever done twice. Takes what STORE
+        takes."""
+        fenced, key, _, awaited = names
+        seconds, *_ = rest
         with self.client.pipeline() as pipe:
             while True:
                 with contextlib.suppress(WatchError):
-                    pipe.watch(keys.FENCED, key)
-                    if pipe.hexists(keys.FENCED, node):
-                        raise ResponseError(FENCED_REPLY)
-                    if (pipe.get(key) or b"") != stored:
+                    pipe.watch(fenced, key)
+                    if not run(pipe, MAY_STORE, len(names), *names, node, len(value), *rest):
                         return False
-                    full = bytes_to_str(pipe.get(keys.FULL) or b"")
-                    if not full.startswith(RESULTS_REFUSED):
-                        full = no_room(pipe, len(value), LARGE_REFUSED_FROM)
-                    if full and not pipe.sismember(keys.AWAITED, key):
-                        raise ResponseError(f"{FULL_ERROR} {full}")
                     pipe.multi()
                     pipe.set(key, value, ex=seconds or None)
-                    pipe.srem(keys.AWAITED, key)
+                    pipe.srem(awaited, key)
                     pipe.publish(key, value)
                     pipe.execute()
                     return True

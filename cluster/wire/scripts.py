@@ -12,12 +12,14 @@ neither copied through Lua nor written to the append-only file once more.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 from redis import Redis
 from redis.commands.core import Script
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from cluster.settings import LARGE_REFUSED_FROM, MAX_DELIVERIES, SENDERS_REFUSED_FROM
 from cluster.wire import keys
@@ -224,19 +226,30 @@ return 1
 """
 )
 
+# why_not(bytes): what PUT returns if it does nothing, else nil.
+_WHY_NOT_PUT = (
+    _NO_ROOM
+    + f"""
+local function why_not(bytes)
+  local last = redis.call('GET', KEYS[1])
+  if last and tonumber(last) >= tonumber(ARGV[1]) then return 0 end
+  local full = ARGV[3] == '1'
+    and (redis.call('GET', KEYS[2]) or no_room(bytes, {SENDERS_REFUSED_FROM}))
+  return full and redis.error_reply('FULL ' .. full) or nil
+end
+"""
+)
+
 #: Publish a message, and a token for one who waits for it. KEYS: the publisher's last number,
 #: full, the list, its wake list, and the queue's other lists, if it expires. ARGV: number,
 #: message, '1' from outside of a worker, milliseconds until the queue expires or 0, seconds to
 #: remember the number. A publisher numbers its messages and sends one after the other; what it
 #: sends again since no answer came is published once. Returns 1, or 0 if it was there.
 PUT = (
-    _NO_ROOM
-    + f"""
-local last = redis.call('GET', KEYS[1])
-if last and tonumber(last) >= tonumber(ARGV[1]) then return 0 end
-local full = ARGV[3] == '1'
-  and (redis.call('GET', KEYS[2]) or no_room(#ARGV[2], {SENDERS_REFUSED_FROM}))
-if full then return redis.error_reply('FULL ' .. full) end
+    _WHY_NOT_PUT
+    + """
+local no = why_not(#ARGV[2])
+if no then return no end
 redis.call('LPUSH', KEYS[3], ARGV[2])
 redis.call('LPUSH', KEYS[4], '1')
 redis.call('SETEX', KEYS[1], ARGV[5], ARGV[1])
@@ -247,6 +260,10 @@ end
 return 1
 """
 )
+
+#: Whether PUT would, for what is too large for a script. KEYS: the first two of PUT's. ARGV: as
+#: PUT's, with the number of bytes in place of the message. Returns as PUT does.
+MAY_PUT = _WHY_NOT_PUT + "return why_not(tonumber(ARGV[2])) or 1"
 
 #: Announce a worker to the manager. KEYS: joined. ARGV: registration. Cutting the list changes
 #: nothing, but what follows a write isn't refused for want of memory, and this must not be:
@@ -308,6 +325,24 @@ end
 return tonumber(ARGV[1])
 """
 
+# why_not(bytes): what STORE returns if it does nothing, else nil.
+_WHY_NOT_STORE = (
+    _NO_ROOM
+    + f"""
+local function why_not(bytes)
+  if (redis.call('GET', KEYS[2]) or '') ~= ARGV[4] then return 0 end
+  local full = redis.call('GET', KEYS[3])
+  local word = full and string.match(full, '^%a+')
+  local near = ARGV[5] == '0' and no_room(bytes, {LARGE_REFUSED_FROM})
+  if near and not word then word, full = 'large', near end
+  if (word == 'large' and ARGV[5] == '0' or word == 'all' and ARGV[5] ~= '2')
+    and redis.call('SISMEMBER', KEYS[4], KEYS[2]) == 0 then
+    return redis.error_reply('FULL ' .. full)
+  end
+end
+"""
+)
+
 #: Store a result and tell who waits. KEYS: fence, result, full, awaited. ARGV: node, or '' outside
 #: of a worker; value; expiry in s or 0; what is there, or '': if it is something else by now,
 #: nothing is stored; '0' for a large one, '1' for a small one, '2' for a small failure. As the
@@ -316,17 +351,10 @@ return tonumber(ARGV[1])
 #: was stored.
 STORE = (
     _FENCE
-    + _NO_ROOM
-    + f"""
-if (redis.call('GET', KEYS[2]) or '') ~= ARGV[4] then return 0 end
-local full = redis.call('GET', KEYS[3])
-local word = full and string.match(full, '^%a+')
-local near = ARGV[5] == '0' and no_room(#ARGV[2], {LARGE_REFUSED_FROM})
-if near and not word then word, full = 'large', near end
-if (word == 'large' and ARGV[5] == '0' or word == 'all' and ARGV[5] ~= '2')
-  and redis.call('SISMEMBER', KEYS[4], KEYS[2]) == 0 then
-  return redis.error_reply('FULL ' .. full)
-end
+    + _WHY_NOT_STORE
+    + """
+local no = why_not(#ARGV[2])
+if no then return no end
 if ARGV[5] == '2' then redis.call('DEL', KEYS[2]) end
 if tonumber(ARGV[3]) > 0 then
   redis.call('SETEX', KEYS[2], ARGV[3], ARGV[2])
@@ -339,6 +367,9 @@ return 1
 """
 )
 
+#: Whether STORE would, for what is too large for a script. KEYS and ARGV: as STORE's, with the
+#: number of bytes in place of the value. Returns as STORE does.
+MAY_STORE = _FENCE + _WHY_NOT_STORE + "return why_not(tonumber(ARGV[2])) or 1"
 
 #: The first word of the error by which PUT and STORE refuse for want of room; and the first words
 #: of the key that say that results are refused, too.
@@ -350,11 +381,24 @@ FREED = b"cluster:freed"
 FREED_FOR = 600
 
 
-def no_room(client: Any, size: int, part: float) -> str:
-    """As the scripts' of that name: says so, or nothing."""
-    memory = client.info("memory")
-    used, most = memory["used_memory"], memory["maxmemory"]
-    return f"{used} of {most} bytes are used" if most and used + size > part * most else ""
+def run(client: Any, script: str, *arguments: Any) -> Any:
+    """Run a script over this very connection, also while a pipeline watches: redis-py's
+    :class:`Script` would then ask once more whether the script is known.
+
+    Args:
+        client: or a pipeline that watches.
+        script: one of this module's.
+        arguments: how many keys, the keys, the rest.
+    """
+    try:
+        return client.evalsha(_digest(script), *arguments)
+    except NoScriptError:
+        return client.eval(script, *arguments)
+
+
+@functools.cache
+def _digest(script: str) -> str:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def is_fenced(error: ResponseError) -> bool:

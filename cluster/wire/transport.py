@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import secrets
 import threading
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from cluster.settings import MAX_DELIVERIES, SENDERS_REFUSED_FROM
+from cluster.settings import MAX_DELIVERIES
 from cluster.wire import ending, identity, keys
 from cluster.wire.client import lean
 from cluster.wire.ledger import (
@@ -58,12 +57,12 @@ from cluster.wire.ledger import (
 from cluster.wire.refusals import check_size, refuse_as_full, refuse_for_now
 from cluster.wire.scripts import (
     AWAIT,
-    FULL_ERROR,
     KEEP_REVOKED,
     LARGE,
+    MAY_PUT,
     PUT,
     Scripts,
-    no_room,
+    run,
     take_arguments,
 )
 
@@ -74,8 +73,6 @@ LOOK_EVERY = 1
 
 #: Seconds between attempts to reach a broker that is away.
 RETRY_EVERY = 0.1
-
-PUT_SHA = hashlib.sha1(PUT.encode(), usedforsecurity=False).hexdigest()
 
 #: Among a message's properties, but never sent.
 _STAMP = "cluster-publication"
@@ -387,7 +384,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
                     if len(raw) > LARGE and not expires:
                         _put_large(client, names, number, raw, outside)
                     else:
-                        _put_small(client, arguments)
+                        run(client, PUT, *arguments)
                 return
             except ResponseError as error:
                 if (is_full(error) or is_refusal(error)) and monotonic() < full_until:
@@ -537,13 +534,6 @@ def _refuse(error: ResponseError) -> NoReturn:
     raise error
 
 
-def _put_small(client: Any, arguments: list[Any]) -> None:
-    try:
-        client.evalsha(PUT_SHA, *arguments)
-    except NoScriptError:
-        client.eval(PUT, *arguments)
-
-
 def _put_large(client: Any, names: list[str], number: int, raw: str, outside: int) -> None:
     """What PUT does, without the copies that Lua makes of a message. Nobody else has this
     publisher's number, and the broker is full once at most, so it is hardly ever done twice."""
@@ -552,14 +542,8 @@ def _put_large(client: Any, names: list[str], number: int, raw: str, outside: in
         while True:
             with contextlib.suppress(WatchError):
                 pipe.watch(published, full)
-                last = pipe.get(published)
-                if last is not None and int(last) >= number:
+                if not run(pipe, MAY_PUT, 2, published, full, number, len(raw), outside):
                     return
-                if outside:
-                    why = bytes_to_str(pipe.get(full) or b"")
-                    why = why or no_room(pipe, len(raw), SENDERS_REFUSED_FROM)
-                    if why:
-                        raise ResponseError(f"{FULL_ERROR} {why}")
                 pipe.multi()
                 pipe.lpush(into, raw)
                 pipe.lpush(wake, "1")

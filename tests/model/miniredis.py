@@ -13,6 +13,7 @@ import copy
 import enum
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -226,6 +227,14 @@ class Server:
 
     def start(self) -> None:
         self.up = True
+
+    def only_reads(self, request: Request) -> bool:
+        """Whether this changes nothing; so does a script that isn't known."""
+        name, *arguments = request
+        if name not in {b"EVAL", b"EVALSHA"}:
+            return name in READS
+        script = arguments[0] if name == b"EVAL" else self.scripts.get(arguments[0].decode(), b"")
+        return READS.issuperset(re.findall(rb"redis.call\('(\w+)'", script))
 
     def execute(self, who: str, request: Request) -> Any:
         """One request from outside."""
@@ -547,7 +556,7 @@ class Link:
 
     def call(self, requests: list[Request]) -> list[Any]:
         """Send these together; return replies, or the errors that are."""
-        reads = all(request[0] in READS for request in requests)
+        reads = all(self.server.only_reads(request) for request in requests)
         fate = self.fates.popleft() if self.fates and not reads else Fate.DONE
         if not self.server.up:
             raise RedisConnectionError("Connection refused")

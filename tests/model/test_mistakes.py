@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from world import QUEUES
 from cluster.broker import workers as guardian_module
 from cluster.broker.messages import Dead
 from cluster.broker.presence import Presence
-from cluster.wire import keys, scripts, transport
+from cluster.wire import keys, scripts
 from cluster.wire.ledger import CONNECTION_ERRORS, Ledger, guarded
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -33,9 +32,6 @@ def script(name: str, *changes: tuple[str, str]) -> Patch:
             assert old in text
             text = text.replace(old, new)
         monkeypatch.setattr(scripts, name, text)
-        if name == "PUT":
-            monkeypatch.setattr(transport, "PUT", text)
-            monkeypatch.setattr(transport, "PUT_SHA", hashlib.sha1(text.encode()).hexdigest())
 
     return apply
 

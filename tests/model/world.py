@@ -135,7 +135,7 @@ class Publisher:
             if task.large:
                 transport._put_large(self.client, names, self.count, raw.decode(), 1)
             else:
-                transport._put_small(self.client, list(rest))
+                scripts.run(self.client, scripts.PUT, *rest)
         except CONNECTION_ERRORS:
             return
         self.pending = None
@@ -380,7 +380,8 @@ class Worker:
             return bool(self._store(**storing(self.node, task, "done")))
         # Of a backend it uses the client alone.
         backend = cast("Backend", SimpleNamespace(client=self._results))
-        return Backend._store_large(backend, self.node, result_key(task), "done", 3600, b"")
+        names, rest = storing(self.node, task, "done").values()
+        return Backend._store_large(backend, names, *rest)
 
     def end(self, execution: Execution, outcome: str) -> None:
         """The event loop hears how an execution ended, and settles it."""
