@@ -39,6 +39,9 @@ SELDOM = 0.25
 #: Seconds for what should happen without any fault.
 PATIENCE = 60.0
 
+#: Seconds that a system has run before it is struck: what it still begins with is over.
+SETTLED = 1.0
+
 #: Short tasks, and how many workers are killed while they run.
 SHORT_TASKS = 300
 KILLS = 5
@@ -182,6 +185,7 @@ def rerun_after(system: System, fault: Callable[[Start], None]) -> Mapping[str, 
     handle = system.submit("wait_for", str(log), "task", str(go))
     expect(lambda: starts(log), "the task runs")
     [first] = starts(log)
+    time.sleep(SETTLED)
     turn.pass_on_soon()
     began = time.monotonic()
     fault(first)
