@@ -118,8 +118,8 @@ def test_who_was_heard_of_in_the_last_while_is_not_dead(hearings):
         now += pause
         quiet_since = (quiet_since if quiet_since is not None else now) if silence >= 5 else None
         if presence.hear({"a": silence}, now):
-            assert silence >= 10.0
-            assert quiet_since is not None and now - quiet_since >= 5.0
+            assert silence >= 9.0
+            assert quiet_since is not None and now - quiet_since >= 3.0
             quiet_since = None
 
 
