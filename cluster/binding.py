@@ -27,6 +27,7 @@ from cluster.errors import ClusterError, ConfigurationError, StateError
 from cluster.model import Endpoint
 from cluster.settings import CELERY_OVERRIDES, SOCKET_TIMEOUT
 from cluster.wire import deliveries, ending, keys
+from cluster.wire.client import verification
 from cluster.wire.deliveries import Deliveries
 from cluster.wire.secret import broker_url, password
 
@@ -74,15 +75,13 @@ TRANSPORT_OPTIONS: Mapping[str, Any] = {
 }
 
 #: Ours: what says how to reach other servers than the one in the URL, or what these ask
-#: for. Celery sets each on top of the URL, and ours speaks no TLS and knows no users.
+#: for. Celery sets each on top of the URL.
 OTHER_SERVERS: Mapping[str, Any] = {
     "broker_host": None,
     "broker_port": None,
     "broker_user": None,
     "broker_password": None,
     "broker_vhost": None,
-    "broker_use_ssl": False,
-    "redis_backend_use_ssl": None,
     "redis_host": None,
     "redis_port": None,
     "redis_db": None,
@@ -117,13 +116,16 @@ def set_defaults() -> None:
 
 
 def _ours(app: celery.Celery, endpoint: Endpoint, **limits: int) -> Mapping[str, Any]:
-    url = broker_url(endpoint.host, endpoint.port, endpoint.secret)
+    url = broker_url(endpoint)
+    secured = verification(endpoint) if endpoint.tls else None
     return {
         "broker_url": url,
         "broker_read_url": url,
         "broker_write_url": url,
         "broker_transport": _TRANSPORT,
         **OTHER_SERVERS,
+        "broker_use_ssl": secured or False,
+        "redis_backend_use_ssl": secured,
         "broker_transport_options": {
             **(app.conf.broker_transport_options or {}),
             **TRANSPORT_OPTIONS,
@@ -173,7 +175,7 @@ class Binding:
         self._before: dict[str, Any] = {}
         self._backend_before = app.backend_cls
         self._caches_before = _swap_caches(app, _Caches())
-        self._password = password(endpoint.secret)
+        self._password = password(endpoint.secret, endpoint.user)
         try:
             self._bind(endpoint)
         except Exception as error:

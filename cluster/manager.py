@@ -305,7 +305,7 @@ class Cluster:
             plan.launcher.prepare(spec)
             self._broker = Broker(
                 plan.server,
-                host=plan.host,
+                host=plan.launcher.reach(self._id).host,
                 secret=new_secret(),
                 directory=self._directory.path,
                 cluster_id=self._id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -89,11 +90,20 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the broker listens, and the run's one secret."""
+    """Where the broker listens, the run's one secret, and as whom it is to be spoken to.
+
+    ``user``: one of the broker's, or an empty string for the manager.
+    """
 
     host: str
     port: int
     secret: str = field(repr=False)
+    user: str = ""
+
+    @property
+    def tls(self) -> bool:
+        """Whether it speaks TLS: it does wherever others than this machine could listen."""
+        return not ipaddress.ip_address(self.host).is_loopback
 
     @property
     def address(self) -> str:
@@ -122,8 +132,7 @@ class Limits:
 class Reach:
     """Where the broker must listen so that a launcher's workers reach it."""
 
-    host: str
-    tls: bool
+    host: str  # an IP address
 
 
 class Severity(StrEnum):
@@ -149,12 +158,14 @@ class LauncherDefaults:
     ``workers``: how many (``None``: the caller must say). ``timeout``: seconds
     to wait for them. ``resizable``: whether more can be launched later.
     ``launches``: whether it starts workers itself or only waits for them.
+    ``tls``: whether they reach the broker over a network, where it speaks TLS.
     """
 
     workers: int | None
     timeout: float
     resizable: bool
     launches: bool
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)

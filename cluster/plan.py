@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import math
 import operator
@@ -45,7 +44,6 @@ class Plan:
     ref: AppRef
     side: Side  # what this process runs, and workers must, too
     launcher: Launcher
-    host: str  # where the broker listens
     server: Server
     workers: int
     minimum: int
@@ -106,8 +104,7 @@ def make_plan(
         ref=ref,
         side=Side(versions(), tuple(sorted(task_names(found, ref)))),
         launcher=made,
-        host=_host(made),
-        server=find_server(settings.broker_server),
+        server=find_server(settings.broker_server, tls=made.defaults.tls),
         workers=wanted,
         minimum=least,
         timeout=limit,
@@ -157,14 +154,3 @@ def seconds(name: str, value: float) -> float:
     if not math.isfinite(number) or number < 0:
         raise ConfigurationError(f"{name}={value!r}: give a number of seconds, 0 or more.")
     return number
-
-
-def _host(launcher: Launcher) -> str:
-    """Where the broker is to listen: on loopback, since it speaks in the clear."""
-    reach = launcher.reach()
-    if reach.tls or not ipaddress.ip_address(reach.host).is_loopback:
-        raise ConfigurationError(
-            f"The launcher {launcher.name!r} needs a broker that listens on {reach.host}, which "
-            "takes TLS, and this version of celery-cluster has none."
-        )
-    return reach.host

@@ -24,14 +24,19 @@ from typing import TYPE_CHECKING
 
 from cluster.attention import Attention
 from cluster.broker.messages import Alive, Event, Failed, Order, Restarted, Started
-from cluster.broker.server import START_TIMEOUT, answers, configuration, write_configuration
+from cluster.broker.server import (
+    START_TIMEOUT,
+    answers,
+    configuration,
+    write_certificate,
+    write_configuration,
+)
 from cluster.companion import Leash
 from cluster.jsonlines import decode, encode
 from cluster.logfile import last_lines
 from cluster.model import Endpoint
 from cluster.parent import end_with_parent
 from cluster.restarts import Restarts
-from cluster.wire import secret
 
 if TYPE_CHECKING:
     from cluster.broker.room import Memory
@@ -131,13 +136,13 @@ class Guardian:
     def _start_server(self, timeout: float) -> None:
         """Start the server on ``self.port`` and wait until it answers."""
         settings = configuration(
-            host=self.order.host,
-            port=self.port,
-            password=secret.password(self.order.secret),
+            endpoint=self._endpoint,
             directory=self.order.directory,
             workers=self.order.workers,
             memory=self.order.memory,
         )
+        if self._endpoint.tls:
+            write_certificate(self._endpoint, self.directory)
         with self.log.open("ab") as log:
             self.server = subprocess.Popen(
                 [self.order.server, "-"],
@@ -154,13 +159,12 @@ class Guardian:
 
     def _wait_for_answer(self, deadline: float) -> None:
         assert self.server is not None
-        password = secret.password(self.order.secret)
         while True:
             code = self.server.poll()
             if code is not None:
                 raise ServerFailed(f"{self.order.server} ended with code {code} as it started")
             try:
-                answers(self.order.host, self.port, password, COMMAND_TIMEOUT)
+                answers(self._endpoint, COMMAND_TIMEOUT)
                 return
             except OSError as error:
                 last = error
@@ -221,8 +225,7 @@ class Guardian:
             return False
         self._next_probe = now + PROBE_EVERY
         try:
-            password = secret.password(self.order.secret)
-            answers(self.order.host, self.port, password, COMMAND_TIMEOUT)
+            answers(self._endpoint, COMMAND_TIMEOUT)
         except OSError:
             return False
         return True

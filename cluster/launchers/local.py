@@ -148,9 +148,6 @@ class LocalLauncher:
             )
         ]
 
-    def reach(self) -> Reach:
-        return Reach(host="127.0.0.1", tls=False)
-
     def prepare(self, spec: WorkerSpec) -> None:
         try:
             cwd, path = Path.cwd(), search_path()
@@ -170,6 +167,9 @@ class LocalLauncher:
         environment = {**self._options.environment, **spec.environment}
         environment.pop("CLUSTER_SECRET", None)
         return ForkServer(spec.directory, environment)
+
+    def reach(self, cluster_id: str) -> Reach:
+        return Reach("127.0.0.1")
 
     def launch(self, spec: WorkerSpec, count: int) -> Sequence[WorkerRef]:
         if count == 0:

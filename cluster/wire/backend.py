@@ -41,7 +41,7 @@ from redis.retry import Retry
 
 from cluster.errors import BrokerLost, ClusterError
 from cluster.settings import ORPHAN_TIMEOUT
-from cluster.wire import deliveries, ending, identity, keys
+from cluster.wire import deliveries, ending, identity, keys, secured
 from cluster.wire.chord import NOTE_TOO_LARGE, PartReturn
 from cluster.wire.client import lean
 from cluster.wire.ledger import CONNECTION_ERRORS, guarded, is_full, is_refusal, reason
@@ -200,6 +200,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     ResultConsumer = ResultConsumer
 
+    connection_class_ssl = secured.Connection
+
     #: What this thread waits for.
     waiting = Waiting()
 
@@ -209,6 +211,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connparams.update(lean())
+        if "connection_class" in self.connparams:  # Celery takes redis-py's for a rediss:// URL
+            self.connparams["connection_class"] = self.connection_class_ssl
         self.deliveries = deliveries.of(self.connparams["password"])
         _backends.add(self)
 

@@ -40,13 +40,34 @@ def connect(endpoint: Endpoint, timeout: float, name: str | None = None) -> Redi
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    return redis.Redis(
-        host=endpoint.host,
-        port=endpoint.port,
-        password=password(endpoint.secret),
-        socket_timeout=timeout,
-        socket_connect_timeout=timeout,
-        client_name=name,
-        retry=Retry(NoBackoff(), 0),
+    parameters = {
+        "host": endpoint.host,
+        "port": endpoint.port,
+        "username": endpoint.user or None,
+        "password": password(endpoint.secret, endpoint.user),
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "client_name": name,
+        "retry": Retry(NoBackoff(), 0),
         **lean(),
-    )
+    }
+    if not endpoint.tls:
+        return redis.Redis(**parameters)
+    from cluster.wire.secured import Connection
+
+    secured = {"connection_class": Connection, **verification(endpoint)}
+    return redis.Redis.from_pool(redis.ConnectionPool(**parameters, **secured))
+
+
+def verification(endpoint: Endpoint) -> dict[str, Any]:
+    """Arguments of a TLS connection to this broker, as Celery's ``broker_use_ssl`` has them, too:
+    https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-use-ssl"""
+    import ssl
+
+    from cluster.wire.tls import authority
+
+    return {
+        "ssl_cert_reqs": ssl.CERT_REQUIRED,
+        "ssl_ca_data": authority(endpoint.secret),
+        "ssl_check_hostname": True,
+    }

@@ -7,6 +7,11 @@ import hmac
 import secrets
 from urllib.parse import quote
 
+from cluster.model import Endpoint
+
+#: The broker's user that workers, and so their tasks, are.
+WORKER = "worker"
+
 
 def new_secret() -> str:
     """256 random bits, in hexadecimal."""
@@ -23,11 +28,13 @@ def derive(secret: str, purpose: str) -> str:
     return hmac.new(bytes.fromhex(secret), block, hashlib.sha256).hexdigest()
 
 
-def password(secret: str) -> str:
-    """The broker's password."""
-    return derive(secret, "broker password")
+def password(secret: str, user: str = "") -> str:
+    """The broker's password for one of its users; by default, for the manager."""
+    return derive(secret, f"broker password of {user}" if user else "broker password")
 
 
-def broker_url(host: str, port: int, secret: str) -> str:
+def broker_url(endpoint: Endpoint) -> str:
     """The URL under which any Celery client reaches the broker. Holds the password."""
-    return f"redis://:{quote(password(secret))}@{host}:{port}/0"
+    scheme = "rediss" if endpoint.tls else "redis"
+    known = f"{endpoint.user}:{quote(password(endpoint.secret, endpoint.user))}"
+    return f"{scheme}://{known}@{endpoint.address}/0"

@@ -44,7 +44,7 @@ from redis.exceptions import NoScriptError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cluster.settings import MAX_DELIVERIES
-from cluster.wire import ending, identity, keys
+from cluster.wire import ending, identity, keys, secured
 from cluster.wire.client import lean
 from cluster.wire.ledger import (
     CONNECTION_ERRORS,
@@ -205,6 +205,8 @@ class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
 
 class Channel(kombu_redis.Channel):  # type: ignore[misc]
     """A channel that takes for a node, or kombu's own where there is none."""
+
+    connection_class_ssl = secured.Connection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.node = identity.taking()

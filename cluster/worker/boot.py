@@ -56,6 +56,7 @@ def _run(settings: WorkerSettings) -> int:
     # What these import includes Celery, which looks at MP_MAIN_FILE then.
     from cluster import appref, binding
     from cluster.wire import identity
+    from cluster.wire.secret import WORKER
     from cluster.worker.drain import Drain
     from cluster.worker.processes import end_now, keep_to_main, mark_main
     from cluster.worker.request import use_for_all_tasks
@@ -65,7 +66,7 @@ def _run(settings: WorkerSettings) -> int:
     mark_main(settings.scratch)
     identity.assume(node, on_fenced=lambda: end_now(ExitCode.FENCED))
     host, _, port = settings.address.rpartition(":")
-    endpoint = Endpoint(host, int(port), settings.secret)
+    endpoint = Endpoint(host, int(port), settings.secret, WORKER)
     keep_to_main(endpoint.host, endpoint.port)
     drain = Drain()
     watchdog = Watchdog(

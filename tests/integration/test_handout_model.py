@@ -24,12 +24,16 @@ from tools import wait_until
 
 from cluster.broker.guardian import free_port
 from cluster.broker.server import configuration, find_server, write_configuration
+from cluster.model import Endpoint
 from cluster.wire import keys
 from cluster.wire.ledger import Ledger, is_refusal
 from cluster.wire.scripts import Scripts, is_fenced, is_taken
+from cluster.wire.secret import new_secret, password
 
 QUEUES = ("celery", "other")
 MOST = 3
+
+SECRET = new_secret()
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +42,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     directory = tmp_path_factory.mktemp("server")
     port = free_port("127.0.0.1")
     config = configuration(
-        host="127.0.0.1",
-        port=port,
-        password="pw",
+        endpoint=Endpoint("127.0.0.1", port, SECRET),
         directory=str(directory),
         workers=1,
         memory=2**30,
@@ -51,7 +53,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     assert server.stdin is not None
     with server.stdin as stdin:
         stdin.write(write_configuration(config).encode())
-    made = redis.Redis(host="127.0.0.1", port=port, password="pw")
+    made = redis.Redis(host="127.0.0.1", port=port, password=password(SECRET))
 
     def answers() -> bool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -9,9 +10,10 @@ from celery import Celery
 
 import cluster
 from cluster import manager
+from cluster.broker.server import bundled_server
 from cluster.launchers import base
 from cluster.launchers.local import LocalLauncher, LocalOptions
-from cluster.model import Finding, Reach, Severity
+from cluster.model import Finding, Severity
 from cluster.wire import identity
 
 app = Celery("planned")
@@ -58,18 +60,13 @@ def test_a_preflight_may_refuse_or_warn():
 class Elsewhere(LocalLauncher):
     """Its workers aren't on this machine."""
 
-    def __init__(self, reach: Reach) -> None:
-        super().__init__()
-        self._reach = reach
-
-    def reach(self):
-        return self._reach
+    defaults = dataclasses.replace(LocalLauncher.defaults, tls=True)
 
 
-@pytest.mark.parametrize("reach", [Reach("10.0.0.1", tls=False), Reach("10.0.0.1", tls=True)])
-def test_a_broker_off_loopback_is_refused_without_tls(reach):
-    with pytest.raises(cluster.ConfigurationError, match=r"listens on 10\.0\.0\.1.*TLS"):
-        cluster.start(1, app=app, launcher=Elsewhere(reach))
+def test_a_server_without_tls_is_refused_where_workers_are_elsewhere(monkeypatch):
+    monkeypatch.setenv("CLUSTER_BROKER_SERVER", str(bundled_server()))
+    with pytest.raises(cluster.ConfigurationError, match="it speaks no TLS"):
+        cluster.start(1, app=app, launcher=Elsewhere())
 
 
 def test_many_more_tasks_than_cpus_are_warned_of():

@@ -72,6 +72,8 @@ def test_old_restarts_are_forgotten():
     assert restarts.next(10.0) == 0.0
 
 
+SECRET = "00" * 32
+
 DIED = WorkerStatus(Phase.FAILED, final=True, exit_code=-9)
 HOPELESS = WorkerStatus(Phase.FAILED, final=True, retryable=False, exit_code=84)
 
@@ -376,7 +378,15 @@ def test_secrets_differ_and_so_does_what_is_derived():
     assert secret.password(one) == secret.password(one) != secret.password(other)
     assert one not in secret.password(one)
     assert secret.derive(one, "broker password") != secret.derive(one, "something else")
-    assert secret.broker_url("h", 1, one) == f"redis://:{secret.password(one)}@h:1/0"
+    assert secret.password(one) != secret.password(one, secret.WORKER)
+
+
+def test_the_url_says_how_the_broker_is_to_be_spoken_to():
+    here = Endpoint("127.0.0.1", 1, SECRET)
+    assert secret.broker_url(here) == f"redis://:{secret.password(SECRET)}@127.0.0.1:1/0"
+    there = Endpoint("10.1.2.3", 1, SECRET, secret.WORKER)
+    word = secret.password(SECRET, secret.WORKER)
+    assert secret.broker_url(there) == f"rediss://worker:{word}@10.1.2.3:1/0"
 
 
 def test_exit_codes_are_the_table_and_explain_themselves():

@@ -8,6 +8,10 @@ import pytest
 
 import cluster
 from cluster.broker import server
+from cluster.model import Endpoint
+from cluster.wire.secret import password
+
+SECRET = "00" * 32
 
 REDIS_7 = "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64 build=1"
 VALKEY_8 = "Valkey server v=8.1.1 sha=00000000:1 malloc=libc bits=64 build=2"
@@ -66,6 +70,29 @@ def test_an_explicit_one_is_taken_or_refused(programs):
         server.find_server(programs("liar", "hello"))
 
 
+def test_one_that_speaks_no_tls_is_passed_over_where_that_is_needed(programs):
+    redis, valkey = programs("redis-server", REDIS_7), programs("valkey-server", VALKEY_8)
+    found = server.find_server(tls=True, ask_tls=lambda path: path == valkey)
+    assert found.path == valkey
+    with pytest.raises(cluster.ConfigurationError, match="it speaks no TLS"):
+        server.find_server(redis, tls=True, ask_tls=lambda _: False)
+    with pytest.raises(cluster.BrokerStartError, match="must speak TLS, and there is no Redis"):
+        server.find_server(tls=True, ask_tls=lambda _: False)
+
+
+def test_the_bundled_server_is_known_to_speak_no_tls():
+    path = server.bundled_server()
+    assert path is not None
+    assert not server.speaks_tls(path)
+
+
+def test_beyond_loopback_it_speaks_tls_and_nothing_else():
+    endpoint = Endpoint("10.1.2.3", 7000, SECRET)
+    settings = server.configuration(endpoint=endpoint, directory="/run/x", memory=1, workers=1)
+    assert (settings["port"], settings["tls-port"]) == ("0", "7000")
+    assert settings["bind"] == "10.1.2.3"
+
+
 def test_without_any_the_error_says_what_to_do(programs, monkeypatch):
     programs("redis-server", OLD)
     monkeypatch.setattr(server, "bundled_server", lambda: None)
@@ -75,15 +102,15 @@ def test_without_any_the_error_says_what_to_do(programs, monkeypatch):
 
 def test_the_configuration_keeps_to_one_address_and_loses_no_task():
     settings = server.configuration(
-        host="127.0.0.1",
-        port=7000,
-        password="secret",
+        endpoint=Endpoint("127.0.0.1", 7000, SECRET),
         directory="/run/x",
         memory=2**30,
         workers=100,
     )
     assert settings["bind"] == "127.0.0.1"
-    assert settings["requirepass"] == "secret"
+    assert settings["requirepass"] == password(SECRET)
+    assert settings["port"] == "7000"
+    assert not any(name.startswith("tls") for name in settings)
     assert settings["maxmemory-policy"] == "noeviction"
     assert (settings["appendonly"], settings["appendfsync"]) == ("yes", "no")
     assert int(settings["maxclients"]) >= 10_000
