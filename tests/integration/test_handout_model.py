@@ -28,7 +28,7 @@ from cluster.model import Endpoint
 from cluster.wire import keys
 from cluster.wire.ledger import Ledger, is_refusal
 from cluster.wire.scripts import Scripts, is_fenced, is_taken
-from cluster.wire.secret import new_secret, password
+from cluster.wire.secret import broker_url, new_secret, password
 
 QUEUES = ("celery", "other")
 MOST = 3
@@ -318,7 +318,7 @@ def run_two_channels(client: redis.Redis, text: str, run_script, tmp_path) -> st
     script = tmp_path / "channels.py"
     script.write_text(TWO_CHANNELS + text)
     port = client.connection_pool.connection_kwargs["port"]
-    done = run_script(script, f"redis://:pw@127.0.0.1:{port}/0")
+    done = run_script(script, broker_url(Endpoint("127.0.0.1", port, SECRET)))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

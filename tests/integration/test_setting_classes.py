@@ -84,7 +84,7 @@ def test_settings_of_each_class(place: str, module, monkeypatch: pytest.MonkeyPa
         names = list(SETTINGS)
         results = dict(zip(names, sys.modules[name].look.delay(names).get(timeout=30), strict=True))
         for conf in (app.conf, results):
-            assert conf["broker_url"].startswith("redis://:")
+            assert conf["broker_url"].startswith("redis://")
             assert conf["broker_url"].endswith(f"@{c.status().broker}/0")
             assert conf["result_backend"].endswith(conf["broker_url"])
             assert conf["broker_transport_options"]["global_keyprefix"] == ""
