@@ -3,17 +3,19 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+IMAGE := celery-cluster
+DOCKER := docker
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The first of these that is Python 3.11 or newer; or say: make PYTHON=/path/to/python3
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: help demo test coverage chaos check wheel clean
+.PHONY: help demo test coverage image test-docker chaos check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/installed  ## count primes on a cluster of local processes
 	@$(BIN)/cluster demo
@@ -25,6 +27,13 @@ test: $(VENV)/developing  ## run all tests
 # locks there that a fork may copy.
 coverage: $(VENV)/developing  ## run all tests, and tell which lines they miss
 	$(BIN)/pytest --numprocesses 4 --dist worksteal --cov --cov-report=term $(TESTS)
+
+image:  ## build the image of managers and workers; BUILD="--build-arg BASE_IMAGE=…"
+	DOCKER_BUILDKIT=1 $(DOCKER) build --tag $(IMAGE) --file worker_image/Dockerfile $(BUILD) .
+
+test-docker: $(VENV)/developing image  ## run the tests that need a Docker engine
+	ONLINE=docker CLUSTER_TEST_IMAGE=$(IMAGE) \
+		$(BIN)/pytest -m docker $(TESTS)
 
 chaos: $(VENV)/developing  ## kill and freeze workers and broker at random; SEED=7 KILLS=1000
 	CHAOS_SEED=$(SEED) CHAOS_KILLS=$(KILLS) CHAOS_FAULTS="$(FAULTS)" CHAOS_REPORT=$(REPORT) \

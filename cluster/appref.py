@@ -301,6 +301,12 @@ def import_app(ref: AppRef) -> celery.Celery:
 
 def _import_script(path: str, package: str) -> None:
     """Run the user's script as a module that isn't ``__main__`` by name."""
+    if not Path(path).is_file():
+        name = Path(path).name
+        raise ConfigurationError(
+            f"The script {path} isn't here, nor is {name} in the working directory {Path.cwd()}. "
+            f"Where workers run in containers, it must be in their image: COPY {name} ./"
+        )
     module = ModuleType(_SCRIPT)
     module.__file__ = path
     module.__package__ = package or None

@@ -3,9 +3,11 @@ check that a test leaves nothing behind."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 
+import images
 import pytest
 from tools import Traces, leaving_nothing, strip_environment, wait_until
 
@@ -14,6 +16,16 @@ from tools import Traces, leaving_nothing, strip_environment, wait_until
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs an engine or a cloud is run by those who name it: ``ONLINE=docker``."""
+    online = os.environ.get("ONLINE", "").split(",")
+    left_out = [item for item in items if item.get_closest_marker("docker")]
+    if "docker" in online or not left_out:
+        return
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +37,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def eventually() -> Callable[..., None]:
     """Waits for a condition with a deadline."""
     return wait_until
+
+
+@pytest.fixture(scope="session")
+def image() -> Iterator[str]:
+    """The image of managers and workers with the tests' apps in it, as a user's own has his."""
+    with images.engine_or_skip() as client:
+        yield images.of_tests(client)
 
 
 @pytest.fixture

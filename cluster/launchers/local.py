@@ -8,15 +8,15 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel
 
 from cluster.errors import LaunchError
 from cluster.interpreter import original_python_path, search_path
 from cluster.launchers.echo import Echo
 from cluster.launchers.forkserver import ID_PREFIX, ForkServer, Process, strays, wait_for
+from cluster.launchers.options import WorkerOptions
 from cluster.logfile import last_lines
 from cluster.model import (
     Finding,
@@ -28,7 +28,6 @@ from cluster.model import (
     WorkerSpec,
     WorkerStatus,
 )
-from cluster.settings import CELERY_OVERRIDES
 from cluster.wire.exitcodes import HOPELESS, ExitCode, explain
 
 logger = logging.getLogger("cluster")
@@ -54,37 +53,8 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
-class LocalOptions(BaseModel):
+class LocalOptions(WorkerOptions):
     """``cluster.start(4, launcher="local", concurrency=2)``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    concurrency: int = Field(default=1, ge=1, description="tasks that each worker runs at once")
-    environment: dict[str, str] = Field(
-        default={}, description="variables that workers get besides the manager's"
-    )
-    output: bool = Field(default=True, description="show what workers print, on standard error")
-    loglevel: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
-        default="WARNING", description="of the workers' logging"
-    )
-
-    @field_validator("loglevel", mode="before")
-    @classmethod
-    def _in_capitals(cls, loglevel: Any) -> Any:
-        known = isinstance(loglevel, str) and loglevel.upper() in logging.getLevelNamesMapping()
-        return loglevel.upper() if known else loglevel
-
-    @field_validator("environment")
-    @classmethod
-    def _not_ours(cls, environment: dict[str, str]) -> dict[str, str]:
-        for name, value in environment.items():
-            if not name or "=" in name or "\0" in name:
-                raise ValueError(f"{name!r} can't be the name of a variable")
-            if "\0" in value:
-                raise ValueError(f"the value of {name} has a null character")
-            if name.startswith("CLUSTER_") or name in {*CELERY_OVERRIDES, "MP_MAIN_FILE"}:
-                raise ValueError(f"{name} is the cluster's own")
-        return environment
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cluster._version import __version__
@@ -40,6 +41,8 @@ def main() -> NoReturn:
     for name in THREAD_LIMITS:
         os.environ.setdefault(name, threads)
     restore_search_path(settings.path)
+    if not settings.path:
+        _find_what_is_here(settings)
     # Into a file or a container's log, and to be seen as it comes.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if settings.version != __version__:
@@ -50,6 +53,18 @@ def main() -> NoReturn:
         )
         sys.exit(ExitCode.VERSION_MISMATCH)
     sys.exit(_run(settings))
+
+
+def _find_what_is_here(settings: WorkerSettings) -> None:
+    """On another machine than the manager's, or in a container: as for Celery's own command,
+    modules are in the working directory, too. So may the script be, if it isn't where it was."""
+    sys.path.insert(0, str(Path.cwd()))
+    script = Path(settings.app["script"])
+    if not settings.app["script"] or script.exists():
+        return
+    here = Path.cwd() / script.name
+    if here.exists():
+        settings.app["script"] = os.environ["MP_MAIN_FILE"] = str(here)
 
 
 def _run(settings: WorkerSettings) -> int:

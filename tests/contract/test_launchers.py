@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -29,33 +31,73 @@ from cluster.wire.client import connect
 from cluster.wire.registration import announce_over, decode
 from cluster.wire.secret import new_secret
 
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", pytest.param("docker", marks=pytest.mark.docker))
 
 #: The cluster's.
 ID = "c0ffee"
 
 
+@pytest.fixture
+def options(request: pytest.FixtureRequest, name: str) -> dict[str, Any]:
+    """What this launcher can't do without."""
+    return {"image": request.getfixturevalue("image")} if name == "docker" else {}
+
+
 @pytest.fixture(params=LAUNCHERS)
-def launcher(request: pytest.FixtureRequest, nothing_left: Traces) -> Launcher:
-    return make(request.param, {})
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
-def broker(launcher: Launcher) -> Iterator[Broker]:
-    """Where this launcher's workers reach it."""
-    started = Broker(
-        find_server(os.environ.get("CLUSTER_BROKER_SERVER", "")),
-        host=launcher.reach(ID).host,
-        secret=new_secret(),
-        directory=Path(tempfile.mkdtemp(prefix="contract-")),
+def launcher(name: str, options: dict[str, Any], nothing_left: Traces) -> Launcher:
+    return make(name, options)
+
+
+@pytest.fixture
+def directory(nothing_left: Traces) -> Iterator[Path]:
+    """The run's."""
+    made = Path(tempfile.mkdtemp(prefix="contract-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def before(directory: Path) -> WorkerSpec:
+    """What is known before there is a broker."""
+    return WorkerSpec(
         cluster_id=ID,
-        workers=4,
-        limits=Limits(10.0, 30.0, 3, 2**30, 2**20),
-        on_event=lambda _: None,
+        workers=2,
+        directory=directory,
+        environment={
+            "CLUSTER_ID": ID,
+            "CLUSTER_APP": locate(sampleapp.app).to_json(),
+            "CLUSTER_VERSION": __version__,
+        },
     )
-    started.wait()
-    yield started
-    started.stop()
+
+
+@pytest.fixture
+def broker(launcher: Launcher, before: WorkerSpec) -> Iterator[Broker]:
+    """Where this launcher's workers reach it."""
+    tls = launcher.defaults.tls
+    launcher.prepare(before)
+    try:
+        started = Broker(
+            find_server("" if tls else os.environ.get("CLUSTER_BROKER_SERVER", ""), tls=tls),
+            host=launcher.reach(ID).host,
+            secret=new_secret(),
+            directory=before.directory,
+            cluster_id=ID,
+            workers=4,
+            limits=Limits(10.0, 30.0, 3, 2**30, 2**20),
+            on_event=lambda _: None,
+        )
+        started.wait()
+        assert started.endpoint.tls == tls, "in the clear on loopback only"
+        yield started
+        started.stop()
+    finally:
+        launcher.close(ID)
 
 
 @pytest.fixture
@@ -65,23 +107,16 @@ def client(broker: Broker) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def spec_for(launcher: Launcher, broker: Broker) -> Iterator[Callable[[AppRef], WorkerSpec]]:
+def spec_for(before: WorkerSpec, broker: Broker) -> Callable[[AppRef], WorkerSpec]:
     def make_spec(ref: AppRef) -> WorkerSpec:
-        return WorkerSpec(
-            cluster_id=ID,
-            workers=2,
-            directory=broker._directory,
-            environment={
-                "CLUSTER_ID": ID,
-                "CLUSTER_ADDRESS": broker.endpoint.address,
-                "CLUSTER_SECRET": broker.endpoint.secret,
-                "CLUSTER_APP": ref.to_json(),
-                "CLUSTER_VERSION": __version__,
-            },
-        )
+        known = {
+            "CLUSTER_ADDRESS": broker.endpoint.address,
+            "CLUSTER_SECRET": broker.endpoint.secret,
+            "CLUSTER_APP": ref.to_json(),
+        }
+        return dataclasses.replace(before, environment={**before.environment, **known})
 
-    yield make_spec
-    launcher.close(ID)
+    return make_spec
 
 
 @pytest.fixture
@@ -108,9 +143,9 @@ def test_it_says_what_it_is(launcher: Launcher):
     assert issubclass(launcher.options, BaseModel)
 
 
-def test_unknown_options_are_refused(launcher: Launcher):
+def test_unknown_options_are_refused(launcher: Launcher, options: dict[str, Any]):
     with pytest.raises(cluster.ConfigurationError, match="no option 'no_such_option'"):
-        make(launcher.name, {"no_such_option": 1})
+        make(launcher.name, {**options, "no_such_option": 1})
 
 
 def test_what_it_never_launched_is_missing(launcher: Launcher):
@@ -132,7 +167,6 @@ def test_workers_from_launch_to_leave(
     launcher: Launcher, spec: WorkerSpec, client: redis.Redis, ended: list[WorkerRef]
 ):
     """They register under the id that launch gave out, and end with code 0 when told."""
-    launcher.prepare(spec)
     refs = list(launcher.launch(spec, 2))
     ended += refs
     assert len(set(refs)) == 2
@@ -154,16 +188,11 @@ def test_workers_from_launch_to_leave(
     assert list(launcher.find(spec.cluster_id)) == []
 
 
-def test_what_was_prepared_is_let_go_of_whether_used_or_not(launcher: Launcher, spec: WorkerSpec):
+def test_what_was_prepared_is_let_go_of_whether_used_or_not(launcher: Launcher, before: WorkerSpec):
     """Before there is a broker; closing twice, or what was never prepared, does no harm."""
-    without = {
-        name: value
-        for name, value in spec.environment.items()
-        if name not in ("CLUSTER_ADDRESS", "CLUSTER_SECRET")
-    }
-    launcher.prepare(dataclasses.replace(spec, environment=without))
-    launcher.close(spec.cluster_id)
-    launcher.close(spec.cluster_id)
+    launcher.prepare(before)
+    launcher.close(before.cluster_id)
+    launcher.close(before.cluster_id)
     launcher.close("no-such-cluster")
 
 
@@ -184,13 +213,17 @@ def test_terminate_ends_workers_in_any_state(
 
 
 def test_workers_of_a_manager_that_is_gone_are_found_and_ended(
-    launcher: Launcher, spec: WorkerSpec, client: redis.Redis, ended: list[WorkerRef]
+    launcher: Launcher,
+    options: dict[str, Any],
+    spec: WorkerSpec,
+    client: redis.Redis,
+    ended: list[WorkerRef],
 ):
     """By a launcher that has launched none of them: that of the next manager."""
     refs = list(launcher.launch(spec, 2))
     ended += refs
     wait_until(lambda: client.llen(keys.JOINED) == 2, "both have joined")
-    successor = make(launcher.name, {})
+    successor = make(launcher.name, options)
     found = list(successor.find(spec.cluster_id))
     assert set(found) == set(refs)
     assert list(successor.find("another cluster")) == []
