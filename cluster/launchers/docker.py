@@ -167,9 +167,9 @@ class DockerLauncher:
     # -- before anything starts ---------------------------------------------------------
 
     def preflight(self, wanted: int, minimum: int) -> Sequence[Finding]:
-        import docker
-
         with contextlib.closing(engine.connect()) as client:
+            import docker  # which is there, if that has connected
+
             try:
                 image = self._image(client)
                 entry = client.images.get(image)

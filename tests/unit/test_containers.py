@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ def test_ends_are_told_apart(attributes, phase, retryable, reason):
 )
 def test_an_engine_that_cannot_be_used_is_explained(said: str, message: str):
     assert message in engine._why_unreachable(said)
+
+
+def test_without_dockers_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "docker", None)
+    with pytest.raises(cluster.ConfigurationError, match=r"pip install 'celery-cluster\[docker\]'"):
+        make("docker", {"image": "x"}).preflight(1, 1)
 
 
 def test_a_manager_is_gone_when_its_process_or_container_is():
