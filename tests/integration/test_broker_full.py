@@ -364,18 +364,31 @@ def test_results_that_were_delivered_one_after_the_other_are_freed(little_memory
         assert AsyncResult(recent.id, app=app).get(timeout=SOON)[0] == 100
 
 
-def test_results_that_were_delivered_to_a_group_are_freed(little_memory):
-    with cluster.start(2, app=app) as c:
-        for _ in range(5):
-            values = group([swell.s(MB, i) for i in range(20)])().get(timeout=SOON)
+def all_at_once(tmp_path: Path, eventually: Callable[..., None], count: int) -> AsyncResult:
+    """A group that is sent while the one worker is busy: results that come while others are still
+    sent would fill the broker, since who sends reads none."""
+    tmp_path.mkdir(exist_ok=True)
+    held, go = busy(tmp_path, eventually)
+    sent = group([swell.s(MB, i) for i in range(count)])()
+    go.touch()
+    held.get(timeout=SOON)
+    return sent
+
+
+def test_results_that_were_delivered_to_a_group_are_freed(
+    little_memory, tmp_path: Path, eventually
+):
+    with cluster.start(1, app=app) as c:
+        for turn in range(5):
+            values = all_at_once(tmp_path / str(turn), eventually, 20).get(timeout=SOON)
             assert [value[0] for value in values] == list(range(20))
             assert used(c) < MEMORY
 
 
-def test_the_last_results_that_were_delivered_are_freed(little_memory, eventually):
+def test_the_last_results_that_were_delivered_are_freed(little_memory, tmp_path: Path, eventually):
     """Also if nobody asks for anything afterwards."""
-    with cluster.start(2, app=app) as c:
-        values = group([swell.s(MB, i) for i in range(26)])().get(timeout=SOON)
+    with cluster.start(1, app=app) as c:
+        values = all_at_once(tmp_path, eventually, 26).get(timeout=SOON)
         assert [value[0] for value in values] == list(range(26))
         eventually(lambda: used(c) < MEMORY / 2 + 2 * MB, "they are freed", timeout=5)
         assert length.delay(LARGE, 7).get(timeout=SOON) == [7, len(LARGE)]
