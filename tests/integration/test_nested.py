@@ -223,7 +223,8 @@ def test_ten_clusters_of_one_app_leave_no_more_than_one():
         gc.collect()
         return {
             "threads": threading.active_count(),
-            "descriptors": len(descriptors_of(psutil.Process())),
+            # The cluster that runs all the while opens its workers' logs for a moment to show them.
+            "descriptors": min(len(descriptors_of(psutil.Process())) for _ in range(20)),
             "connections": len(kombu.pools.connections),
             "producers": len(kombu.pools.producers),
             "at exit": atexit._ncallbacks(),
