@@ -21,12 +21,12 @@ demo: $(VENV)/installed  ## count primes on a cluster of local processes
 	@$(BIN)/cluster demo
 
 test: $(VENV)/developing  ## run all tests
-	$(BIN)/pytest --numprocesses 4 --dist worksteal $(TESTS)
+	$(BIN)/pytest --numprocesses 3 --dist worksteal $(TESTS)
 
 # Not part of the tests: it has every process of a cluster write a file as it ends, and takes
 # locks there that a fork may copy.
 coverage: $(VENV)/developing  ## run all tests, and tell which lines they miss
-	$(BIN)/pytest --numprocesses 4 --dist worksteal --cov --cov-report=term $(TESTS)
+	$(BIN)/pytest --numprocesses 3 --dist worksteal --cov --cov-report=term $(TESTS)
 
 image:  ## build the image of managers and workers; BUILD="--build-arg BASE_IMAGE=…"
 	DOCKER_BUILDKIT=1 $(DOCKER) build --tag $(IMAGE) --file worker_image/Dockerfile $(BUILD) .

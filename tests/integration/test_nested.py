@@ -13,6 +13,7 @@ import io
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -73,11 +74,13 @@ def goes_on(running: cluster.Cluster) -> Iterator[None]:
 def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """Another app, in a module of its own."""
     directory = tmp_path_factory.mktemp("second")
-    (directory / "second.py").write_text(SECOND)
+    # A name of its own each time: side by side with others, this may be made twice in a process.
+    name = f"second_{secrets.token_hex(4)}"
+    (directory / f"{name}.py").write_text(SECOND)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.syspath_prepend(str(directory))
-        yield importlib.import_module("second")
-    del sys.modules["second"]
+        yield importlib.import_module(name)
+    del sys.modules[name]
 
 
 def write(path: Path, text: str) -> Path:
