@@ -43,7 +43,6 @@ from cluster.model import (
 if TYPE_CHECKING:
     import docker
     from docker.models.containers import Container
-    from docker.models.networks import Network
 
 logger = logging.getLogger("cluster")
 
@@ -127,11 +126,12 @@ class _Run:
     """What there is for one cluster."""
 
     client: docker.DockerClient
-    echo: Echo | None
-    network: str  # its name
-    own: Network | None  # if it was made for the run
-    member: str  # the container of ours that was connected to it for the run
-    host: str
+    image: str
+    manager: str  # the label that says who that is
+    network: str = "host"  # its name
+    host: str = "127.0.0.1"  # where the broker is reached
+    member: str = ""  # the container of ours that was connected to the network for the run
+    echo: Echo | None = None
     followers: list[threading.Thread] = field(default_factory=list)
 
 
@@ -171,8 +171,9 @@ class DockerLauncher:
             import docker  # which is there, if that has connected
 
             try:
-                image = self._image(client)
+                image = self._image(own_container(client))
                 entry = client.images.get(image)
+                total = client.info()["MemTotal"]
                 if self._options.network and not self._on_host:
                     client.networks.get(self._options.network)
             except docker.errors.ImageNotFound:
@@ -182,7 +183,8 @@ class DockerLauncher:
                 return [_refuse(f"The Docker engine has no network {network!r}. Make it first.")]
             except ConfigurationError as error:
                 return [_refuse(str(error))]
-            total = client.info()["MemTotal"]
+            except (docker.errors.DockerException, OSError) as error:
+                return [_refuse(f"The Docker engine can't be used: {error}")]
         memory = self._options.memory or 0
         if wanted * memory > total:
             return [
@@ -194,10 +196,9 @@ class DockerLauncher:
             ]
         return [Finding(Severity.INFORM, f"The workers' image is {image} ({entry.short_id}).")]
 
-    def _image(self, client: docker.DockerClient) -> str:
+    def _image(self, me: Container | None) -> str:
         if self._options.image is not None:
             return self._options.image
-        me = own_container(client)
         if me is None:
             raise ConfigurationError(
                 'Say which image the workers run: cluster.start(…, image="my-image"). There is no '
@@ -207,15 +208,14 @@ class DockerLauncher:
 
     def prepare(self, spec: WorkerSpec) -> None:
         client = engine.connect()
-        run = _Run(client, None, "host", None, "", "127.0.0.1")
-        self._runs[spec.cluster_id] = run
         with _explained("The workers' network can't be made"):
+            me = own_container(client)
+            run = _Run(client, self._image(me), manager_label(me))
+            self._runs[spec.cluster_id] = run
             sweep(client)
             if not self._on_host:
-                self._join_network(run, spec.cluster_id)
-            elif (me := own_container(client)) is not None and me.attrs["HostConfig"][
-                "NetworkMode"
-            ] != "host":
+                self._join_network(run, spec.cluster_id, me)
+            elif me is not None and not _has_hosts_network(me):
                 raise LaunchError(
                     'network="host" is for a manager on the host, or in a container that has the '
                     "host's network as well; this one has another."
@@ -223,16 +223,15 @@ class DockerLauncher:
         if self._options.output:
             run.echo = Echo()
 
-    def _join_network(self, run: _Run, cluster_id: str) -> None:
-        me = own_container(run.client)
+    def _join_network(self, run: _Run, cluster_id: str, me: Container | None) -> None:
         if self._options.network is None:
             run.network = f"{self._options.name}-{cluster_id}"
-            labels = {CLUSTER: cluster_id, MANAGER: manager_label(me)}
-            run.own = run.client.networks.create(run.network, driver="bridge", labels=labels)
+            labels = {CLUSTER: cluster_id, MANAGER: run.manager}
+            run.client.networks.create(run.network, driver="bridge", labels=labels)
         else:
             run.network = self._options.network
         network = run.client.networks.get(run.network)
-        if me is None:
+        if me is None or _has_hosts_network(me):
             run.host = engine.gateway_of(network.attrs)
             if run.host not in _own_addresses():
                 raise LaunchError(
@@ -278,23 +277,17 @@ class DockerLauncher:
     def _start(self, run: _Run, spec: WorkerSpec, ref: WorkerRef) -> None:
         import docker
 
+        program, *arguments = COMMAND
         with _explained("A worker's container can't be started"):
-            image = self._image(run.client)
             container = run.client.containers.create(
-                image,
-                list(COMMAND[1:]),
-                entrypoint=list(
-                    COMMAND[:1]
-                ),  # an image's own might take the command for something else
+                run.image,
+                arguments,
+                entrypoint=[program],  # an image's own might take the command for something else
                 name=f"{self._options.name}-{spec.cluster_id}-{ref.id.rpartition('-')[2]}",
                 init=True,
                 detach=True,
                 environment=dict(self._environment(spec, ref)),
-                labels={
-                    CLUSTER: spec.cluster_id,
-                    WORKER: ref.id,
-                    MANAGER: manager_label(own_container(run.client)),
-                },
+                labels={CLUSTER: spec.cluster_id, WORKER: ref.id, MANAGER: run.manager},
                 network=run.network,
                 volumes=[":".join(pair) for pair in self._options.volumes.items()],
                 log_config=docker.types.LogConfig(
@@ -341,10 +334,12 @@ class DockerLauncher:
     def _follow(self, run: _Run, spec: WorkerSpec, ref: WorkerRef) -> None:
         if run.echo is None:
             return
-        container = run.client.containers.get(self._workers[ref].container)
         log = spec.directory / f"{ref.id}.log"
         thread = threading.Thread(
-            target=_copy_output, args=(container, log), name=f"cluster-output-{ref.id}", daemon=True
+            target=_copy_output,
+            args=(run.client, self._workers[ref].container, log),
+            name=f"cluster-output-{ref.id}",
+            daemon=True,
         )
         run.followers.append(thread)
         thread.start()
@@ -447,8 +442,9 @@ class DockerLauncher:
         with contextlib.closing(client):
             try:
                 if run is not None and run.member:
-                    network = client.networks.get(run.network)
-                    network.disconnect(run.member, force=True)
+                    with contextlib.suppress(docker.errors.NotFound):  # or removed by others
+                        network = client.networks.get(run.network)
+                        network.disconnect(run.member, force=True)
                 remove_all(client, cluster_id)
             except (docker.errors.DockerException, OSError) as error:
                 logger.warning(
@@ -508,6 +504,12 @@ def _explained(what: str) -> Iterator[None]:
         raise LaunchError(f"{what}: {error}.") from error
 
 
+def _has_hosts_network(me: Container) -> bool:
+    """Whether this container has the network of the engine's machine, and no other."""
+    mode: str = me.attrs["HostConfig"]["NetworkMode"]
+    return mode == "host"
+
+
 def _own_addresses() -> set[str]:
     return {one.address for found in psutil.net_if_addrs().values() for one in found}
 
@@ -523,15 +525,15 @@ def _end(container: Container) -> None:
     container.stop(timeout=TERM_GRACE)
 
 
-def _copy_output(container: Container, log: Path) -> None:
+def _copy_output(client: docker.DockerClient, container: str, log: Path) -> None:
     """Into a file, until the container ends or is removed."""
     import docker
 
     try:
-        pieces = container.logs(stream=True, follow=True)
+        pieces = client.containers.get(container).logs(stream=True, follow=True)
         with contextlib.closing(pieces), log.open("ab") as file:
             for piece in pieces:
                 file.write(piece)
                 file.flush()
     except (docker.errors.DockerException, OSError) as error:
-        logger.debug("The output of %s is followed no more (%s).", container.name, error)
+        logger.debug("The output of container %s is followed no more (%s).", container[:12], error)

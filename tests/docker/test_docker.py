@@ -296,6 +296,12 @@ def test_a_manager_in_a_container_runs_workers_of_its_own_image(engine, manager)
     assert said(container, "id") not in str(images.left(engine))
 
 
+def test_a_manager_in_a_container_with_the_hosts_network_is_as_one_on_the_host(engine, manager):
+    container = manager("", network_mode="host")
+    assert said(container, "sum") == "90"
+    assert container.wait(timeout=SOON)["StatusCode"] == 0, container.logs().decode()
+
+
 def test_workers_of_a_manager_whose_container_is_killed_end_and_are_removed(
     engine, manager, image: str
 ):
